@@ -1,0 +1,465 @@
+"""Questions and passages: the embedded tiny world with its base model, and files of real ones.
+
+The paper trains Qwen2.5 on NQ (mostly one hop) and HotpotQA (two hops) against 21 million Wikipedia passages. The
+tiny world has the same shape at a size that two CPU cores learn in minutes: invented people, cities, companies and
+countries, one passage a fact, one-hop and two-hop questions about them. It comes in two parts that share no entity,
+so nothing learned by heart on the training questions helps on the test questions; one index holds both parts.
+
+What stands in for Qwen is a 0.4 M-parameter transformer, made here from random weights in about a minute. It is taught
+two things and no third: to READ (given passages and a question, name the answer) and the FORMAT (the tags, in the
+hand of a poor policy that draws its number of searches, its queries and most of its answers at random). It never sees
+a right episode, and never the world on which reinforcement learning will train it. Everything else, what to ask, when
+to ask again, which passage to believe, has to come from the reward.
+
+    Question, load_questions     a question, and the FlashRAG file format
+    make_world                   the tiny world (people, places, facts, wordings)
+    make_tokenizer               word-level, an ordinary Hugging Face tokenizer
+    oracle_exact_match           what a perfect policy would score: the ceiling that the engine sets
+    reading_batch, poor_episodes what the base model is shown
+    base_model                   made on the spot and cached
+
+    python data.py               makes a world and a base model and prints what they look like (about 1 minute)
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from retrieval import WORD, Passage, build_index
+
+# ----- 1. Questions -----
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and every answer that counts as right. `path` is known for the tiny world only: (entity, relation of
+    the first hop, relation of the second hop); its length says how many searches an honest answer takes."""
+
+    id: str
+    question: str
+    golden_answers: tuple
+    path: tuple = ()
+
+    @property
+    def hops(self):
+        return max(0, len(self.path) - 1)
+
+
+def load_questions(path):
+    """Read JSON lines `{"id": str, "question": str, "golden_answers": [str, ...]}` (FlashRAG) -> list[Question].
+
+    ValueError, naming file and line, for a line that is no JSON object, lacks a key or has no answer.
+    """
+    questions = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: not a JSON object ({error})") from None
+            if not isinstance(record, dict) or not isinstance(record.get("question"), str) or not record["question"].strip():
+                raise ValueError(f'{where}: a question needs "question" (a string)')
+            answers = record.get("golden_answers")
+            if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+                raise ValueError(f'{where}: a question needs "golden_answers" (a list of strings, at least one)')
+            questions.append(Question(str(record.get("id", number)), record["question"], tuple(answers)))
+    if not questions:
+        raise ValueError(f"{path}: no questions in this file")
+    return questions
+
+
+# ----- 2. The tiny world -----
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact. Every wording, of passages and of questions, holds the word that names the relation."""
+
+    name: str
+    subject: str
+    object: str
+    nouns: tuple  # how a question asks for it: "the city where {x} lives"
+    facts: tuple  # how a passage states it, {x} the subject, {y} the object
+
+
+def _of(name, subject, object):
+    return Relation(name, subject, object, (f"the {name} of {{x}}", f"the {name} belonging to {{x}}"), (f"the {name} of {{x}} is {{y}}.", f"{{y}} is the {name} of {{x}}."))
+
+
+RELATIONS = [
+    Relation("born", "person", "city", ("the city where {x} was born", "the place in which {x} was born"), ("{x} was born in {y}.", "{y} is the city where {x} was born.")),
+    Relation("lives", "person", "city", ("the city where {x} lives", "the place in which {x} lives"), ("{x} lives in {y}.", "{y} is the city where {x} lives.")),
+    Relation("works", "person", "company", ("the company where {x} works", "the company for which {x} works"), ("{x} works for {y}.", "{y} is the company where {x} works.")),
+    _of("teacher", "person", "person"),
+    _of("country", "city", "country"),
+    _of("mayor", "city", "person"),
+    _of("port", "city", "city"),
+    Relation("based", "company", "city", ("the city where {x} is based", "the place in which {x} is based"), ("{x} is based in {y}.", "{y} is the city where {x} is based.")),
+    _of("founder", "company", "person"),
+    _of("supplier", "company", "company"),
+    _of("capital", "country", "city"),
+    _of("leader", "country", "person"),
+    _of("protector", "country", "country"),
+]
+RELATION = {r.name: r for r in RELATIONS}
+OPENERS = {"person": ("who is {np}?", "can you name {np}?"), "thing": ("what is {np}?", "can you name {np}?")}
+
+# A part of the world draws its entities from these pools; a name is one token and never two entities.
+POOL = {"person": 320, "city": 110, "company": 110, "country": 70}
+PART = {"person": 150, "city": 50, "company": 50, "country": 30}
+ENDING = {"person": "", "city": "ton", "company": "corp", "country": "land"}
+
+
+def _names():
+    """The pools of names, the same in every world: stems of two or three syllables, no stem used twice."""
+    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+    rng, seen, pools = random.Random("names"), set(), {}
+    for kind, size in POOL.items():
+        pools[kind] = []
+        while len(pools[kind]) < size:
+            stem = "".join(rng.sample(syllables, 3 if kind == "person" else 2))
+            if stem not in seen:
+                seen.add(stem)
+                pools[kind].append(stem + ENDING[kind])
+    return pools
+
+
+NAMES = _names()
+KIND_OF = {name: kind for kind, names in NAMES.items() for name in names}
+
+
+@dataclass
+class World:
+    passages: list  # of Passage, of every part
+    facts: dict  # (relation name, subject) -> object
+    questions: list  # one list[Question] a part
+
+    @property
+    def train(self):
+        return self.questions[0]
+
+    @property
+    def test(self):
+        return self.questions[-1]
+
+
+def make_world(seed, parts=2):
+    """seed (int or str) -> World of `parts` disjoint parts, each with 990 facts, as many one-hop questions and about
+    3240 two-hop ones. Facts and questions stay inside their part: no entity of one part is ever mentioned in another.
+    """
+    rng = random.Random(f"world {seed}")
+    pools = {kind: rng.sample(names, len(names)) for kind, names in NAMES.items()}
+    passages, facts, questions = [], {}, []
+    for part in range(parts):
+        members = {kind: pools[kind][part * n : (part + 1) * n] for kind, n in PART.items()}
+        own = {}
+        for relation in RELATIONS:
+            for subject in members[relation.subject]:
+                object = rng.choice([e for e in members[relation.object] if e != subject])
+                own[relation.name, subject] = object
+                passages.append(Passage(str(len(passages)), subject, rng.choice(relation.facts).format(x=subject, y=object)))
+        facts |= own
+        questions.append(_questions(own, rng, part))
+    rng.shuffle(passages)
+    return World(passages, facts, questions)
+
+
+def _questions(facts, rng, part):
+    """Every fact as a one-hop question, every chain of two facts as a two-hop one, in random wordings."""
+    questions = []
+
+    def ask(noun_phrase, answer, path):
+        opener = rng.choice(OPENERS["person" if KIND_OF[answer] == "person" else "thing"])
+        questions.append(Question(f"{part}-{len(questions)}", opener.format(np=noun_phrase), (answer,), path))
+
+    for (name, subject), object in facts.items():
+        first = RELATION[name]
+        ask(rng.choice(first.nouns).format(x=subject), object, (subject, name))
+        for second in RELATIONS:
+            # A chain that leads back to where it started would be answered by copying from the question.
+            if second.subject == first.object and facts[second.name, object] != subject:
+                noun = rng.choice(second.nouns).format(x=rng.choice(first.nouns).format(x=subject))
+                ask(noun, facts[second.name, object], (subject, name, second.name))
+    return questions
+
+
+def draw_questions(questions, count, two_hop_share, rng):
+    """Draw `count` training questions of the tiny world: first the hops, then a relation (or pair) uniformly, then one
+    question of it. Drawn uniformly, six in ten one-hop questions would be about people, and the policy would learn
+    "one search" or "two searches" by relation and not by question."""
+    by_type = {}
+    for question in questions:
+        by_type.setdefault(question.path[1:], []).append(question)
+    types = {hops: sorted(t for t in by_type if len(t) == hops) for hops in (1, 2)}
+    return [rng.choice(by_type[rng.choice(types[2 if rng.random() < two_hop_share else 1])]) for _ in range(count)]
+
+
+def oracle_exact_match(world, questions, search, top_k):
+    """Exact match of a policy that always asks "entity relation" of the right entity and reads without error.
+
+    It is the ceiling that the engine sets; below 1.00 no training could reach the top. Measure it before training.
+    """
+    entities, right = [q.path[0] for q in questions], [True] * len(questions)
+    for hop in range(1, max(len(q.path) for q in questions)):
+        rows = [i for i, q in enumerate(questions) if hop < len(q.path)]
+        found = search([f"{entities[i]} {questions[i].path[hop]}" for i in rows], top_k)
+        for i, passages in zip(rows, found):
+            relation, answer = questions[i].path[hop], world.facts[questions[i].path[hop], entities[i]]
+            sentences = {form.format(x=entities[i], y=answer) for form in RELATION[relation].facts}
+            right[i] &= any(passage.text in sentences for passage in passages)
+            entities[i] = answer
+    return sum(right) / len(right)
+
+
+# ----- 3. Its tokenizer -----
+
+TAGS = ["<question>", "</question>"] + [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
+THOUGHTS = ["i need to search", "not sure", "now i know", ""]
+# A conversation of the tiny world: at most three searches of three passages, fourteen tokens a turn.
+TINY_SETTINGS = {"max_turns": 3, "max_new_tokens": 14, "max_obs_length": 64, "max_length": 256, "top_k": 3, "do_search": True, "invalid_message": "paper"}
+RETHINK_WORDS = "my action is not correct. let me rethink."
+
+# The prompt is the official one [Table 1], 100 words of instructions that 0.4 M parameters cannot use. Every model has
+# a chat template to bring a message into the form it was trained on; this one keeps the question and drops the rest.
+CHAT_TEMPLATE = "{{ '<question> ' + messages[-1]['content'].split('Question: ')[-1].strip() + ' </question>' }}"
+
+
+def make_tokenizer():
+    """A word-level tokenizer over the words of the tiny world: 676 tokens, tags and names one token each.
+
+    It lower-cases, splits off punctuation, and reads the head `Doc 1(Title: "...")` of an official passage as the one
+    word `doc`, because in this world a passage always names what it is about. Tags are added tokens, found in the raw
+    text before anything else. Saved next to a Qwen3Config, AutoTokenizer loads it back as it is.
+    PITFALL: next to a Qwen2Config, AutoTokenizer silently builds a Qwen2 tokenizer instead.
+    """
+    templates = [t for r in RELATIONS for t in r.nouns + r.facts] + [o for pair in OPENERS.values() for o in pair]
+    words = sorted({w for text in templates + THOUGHTS + [RETHINK_WORDS] for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"{\w+}", "", text))} | {"doc"})
+    names = [name for pool in NAMES.values() for name in pool]
+    vocabulary = ["<eos>", "<unk>"] + words + names
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r'Doc \d+\(Title: "[^"]*"\)'), "doc"), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>", chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+
+
+# ----- 4. What the base model is shown -----
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """How the base model is made; the cache's folder is named after a hash of these values."""
+
+    seed: int = 0
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 8
+    reading_steps: int = 420  # phase 1: passages, questions, answers
+    policy_steps: int = 480  # phase 2: the format, with a poor policy; 40 % reading batches mixed in
+    reading_share: float = 0.4
+    batch_size: int = 32
+    lr: float = 2e-3
+    top_k: int = 3  # passages a search; reinforcement learning with another K meets blocks of a length never read
+    context_weight: float = 0.02  # loss weight of prompts and passages: random names cannot be predicted
+    version: int = 1  # raised when this file changes what the base model sees
+
+
+def reading_episode(world, facts, documents, rng):
+    """Some passages, then a question and its answer for every one of them, as [(text, loss weight is 1)].
+
+    Half of the other passages share the first one's entity, a third its relation: reading means telling these apart.
+    """
+    relation, subject = rng.choice(facts)
+    chosen = {(relation, subject)}
+    while len(chosen) < documents:
+        luck = rng.random()
+        same = [r.name for r in RELATIONS if r.subject == KIND_OF[subject]]
+        pick = (rng.choice(same), subject) if luck < 0.5 else rng.choice(facts)
+        if 0.5 <= luck < 0.8:
+            pick = rng.choice([f for f in facts if f[0] == relation])
+        chosen.add(pick)
+    chosen = sorted(chosen)
+    rng.shuffle(chosen)
+    sentences = [rng.choice(RELATION[r].facts).format(x=s, y=world.facts[r, s]) for r, s in chosen]
+    segments = [("<information> " + " ".join(f"doc {s}" for s in sentences) + " </information>", False)]
+    for name, subject in rng.sample(chosen, len(chosen)):
+        noun = rng.choice(RELATION[name].nouns).format(x=subject)
+        answer = world.facts[name, subject]
+        opener = rng.choice(OPENERS["person" if KIND_OF[answer] == "person" else "thing"])
+        segments += [(f"<question> {opener.format(np=noun)} </question>", False), (f"<answer> {answer} </answer>", True)]
+    return segments
+
+
+def poor_episodes(questions, search, top_k, rng):
+    """Episodes of a policy that knows the tags and little else, one a question, as [(text, the policy wrote it)].
+
+    The number of searches is drawn from 0..3 with weights 1, 2, 2, 1 whatever the question. A query pairs a random
+    entity of the context with a random relation word of the question that can be said of such an entity (no pair
+    twice); one query in ten is one or two random words of the question. The answer is a random entity of the last
+    passages; in four episodes of ten, of some passage that holds some relation word of the question. Thoughts are a
+    random phrase. With three passages a search this policy is right in 0.26 / 0.07 of one-hop / two-hop questions.
+    """
+    episodes = []
+    for question in questions:
+        words = WORD.findall(question.question)
+        episodes.append(
+            {
+                "segments": [(f"<question> {question.question} </question>", False)],
+                "words": words,
+                "relations": [w for w in words if w in RELATION],
+                "mentioned": [w for w in words if w in KIND_OF],
+                "asked": set(),
+                "passages": [],
+                "searches": rng.choices([0, 1, 2, 3], [1, 2, 2, 1])[0],
+            }
+        )
+
+    def think():
+        return f"<think> {rng.choice(THOUGHTS)} </think>"
+
+    for turn in range(3):
+        searching = [e for e in episodes if e["searches"] > turn]
+        queries = []
+        for e in searching:
+            pairs = [(n, r) for n in e["mentioned"] for r in e["relations"] if RELATION[r].subject == KIND_OF[n] and (n, r) not in e["asked"]]
+            if pairs and rng.random() > 0.1:
+                pair = rng.choice(pairs)
+                e["asked"].add(pair)
+                queries.append(" ".join(pair))
+            else:
+                queries.append(" ".join(rng.sample(e["words"], rng.choice([1, 2]))))
+            e["segments"].append((f"{think()} <search> {queries[-1]} </search>", True))
+        for e, passages in zip(searching, search(queries, top_k)):
+            e["passages"] = [p.text for p in passages]
+            e["segments"].append(("<information> " + " ".join(f"doc {text}" for text in e["passages"]) + " </information>", False))
+            for word in WORD.findall(" ".join(e["passages"])):
+                if word in KIND_OF and word not in e["mentioned"]:
+                    e["mentioned"].append(word)
+            e.setdefault("seen", []).extend(e["passages"])
+    for e in episodes:
+        asked_about = set(e["words"])
+        last = [w for w in WORD.findall(" ".join(e["passages"])) if w in KIND_OF]
+        if rng.random() < 0.4:
+            about = [text for text in e.get("seen", []) if any(r in WORD.findall(text) for r in e["relations"])]
+            last = [w for w in WORD.findall(" ".join(about)) if w in KIND_OF and w not in asked_about] or last
+        elif rng.random() < 0.1:
+            last = e["mentioned"]
+        answer = rng.choice(last or e["mentioned"])
+        e["segments"].append((f"{think()} <answer> {answer} </answer>", True))
+    return [e["segments"] for e in episodes]
+
+
+# ----- 5. The base model -----
+
+
+def _batch(tokenizer, episodes, context_weight):
+    """Episodes of text segments -> ids_BL long and weights_BL fp32 (1 on what the policy wrote), right-padded."""
+    flat = tokenizer([text for episode in episodes for text, _ in episode], add_special_tokens=False)["input_ids"]
+    rows, at = [], 0
+    for episode in episodes:
+        ids, weights = [], []
+        for _, own in episode:
+            ids += flat[at]
+            weights += [1.0 if own else context_weight] * len(flat[at])
+            at += 1
+        rows.append((torch.tensor(ids), torch.tensor(weights)))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad([r[0] for r in rows], batch_first=True), pad([r[1] for r in rows], batch_first=True)
+
+
+def train_base_model(config, progress=True):
+    """BaseConfig -> (model, tokenizer). Next-token prediction on worlds drawn afresh every 40 steps.
+
+    Phase 1 teaches to read by curriculum: one passage, then two, then three, the next level at 80 % right answers.
+    Without the curriculum a model this small never forms the circuit that copies an answer out of a passage.
+    """
+    torch.manual_seed(config.seed)
+    rng = random.Random(f"base {config.seed}")
+    tokenizer = make_tokenizer()
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
+            num_key_value_heads=config.heads, head_dim=config.hidden // config.heads, intermediate_size=2 * config.hidden, tie_word_embeddings=True, initializer_range=0.05,
+            max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        )
+    )  # fmt: skip
+    steps = config.reading_steps + config.policy_steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def rate(step):  # linear warm-up over 40 steps; in the second phase a cosine to zero
+        decay = max(0.0, (step - config.reading_steps) / config.policy_steps)
+        return min(1.0, (step + 1) / 40) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * decay))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    level, accuracy = 1, 0.0
+    bar = tqdm(range(steps), desc="base model", disable=not progress)
+    for step in bar:
+        if step % 40 == 0:
+            world = make_world(f"warm-up {config.seed} {step}", parts=1)
+            facts = sorted(world.facts)
+            if step + 40 > config.reading_steps:
+                engine = build_index(world.passages)
+                questions = rng.choices(world.train, k=40 * config.batch_size)
+                episodes = poor_episodes(questions, engine.search, config.top_k, rng)
+        reading = step < config.reading_steps or rng.random() < config.reading_share
+        if reading:
+            batch = [reading_episode(world, facts, rng.randint(1, level), rng) for _ in range(config.batch_size)]
+        else:
+            at = step % 40 * config.batch_size
+            batch = episodes[at : at + config.batch_size]
+        ids_BL, weights_BL = _batch(tokenizer, batch, config.context_weight)
+        logits_BTV = model(input_ids=ids_BL).logits[:, :-1]
+        targets_BT, weights_BT = ids_BL[:, 1:], weights_BL[:, 1:]
+        losses_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none")
+        loss = (losses_BT * weights_BT).sum() / weights_BT.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if reading:
+            own = weights_BT == 1.0
+            names = own & (targets_BT != tokenizer.convert_tokens_to_ids("<answer>")) & (targets_BT != tokenizer.convert_tokens_to_ids("</answer>"))
+            right = (logits_BTV.argmax(-1) == targets_BT)[names].float().mean().item()
+            accuracy += 0.2 * (right - accuracy)
+            if accuracy > 0.8 and level < 3:
+                level, accuracy = level + 1, 0.0
+        if progress and step % 10 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.2f}, reading {accuracy:.2f} of {level} passages")
+    return model.eval(), tokenizer
+
+
+def base_model(config, cache):
+    """BaseConfig, folder of the cache -> (model, tokenizer, its folder); made and saved at the first call.
+
+    The folder appears whole or not at all: it is written beside its final name and then renamed.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:10]
+    folder = Path(cache) / f"base-{digest}"
+    if not folder.exists():
+        model, tokenizer = train_base_model(config)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix="base-unfinished-", dir=folder.parent))
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / "base_config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another run finished the same model first
+            shutil.rmtree(unfinished)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), folder

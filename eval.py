@@ -1,0 +1,256 @@
+"""Evaluation: what a checkpoint answers, what it searched for, and the curves of a run.
+
+Decoding is greedy unless asked otherwise [the official script asks for greedy and loses the flag on the way], every
+question counts (the official loader drops the last, incomplete batch), one-hop and two-hop questions are told apart.
+
+    evaluate        rollouts over a list of questions -> exact match, F1, searches, ...
+    plot_runs       metrics.jsonl of one or several runs -> one picture
+    ask             one conversation, in colour
+
+    python eval.py --checkpoint outputs/run-1/checkpoint-100                 all held-out questions of its world
+    python eval.py --checkpoint outputs/run-1/checkpoint-100 --ask "who is the mayor of bodaton?"
+    python eval.py --plot outputs/run-1 outputs/run-2
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+import data
+import searchr1
+from retrieval import build_index, load_passages
+from searchr1 import check_format, exact_match, f1_score, outcome_reward, policy_view, rollout, transcript
+
+transformers_logging.disable_progress_bar()
+
+# How a conversation runs; saved with every checkpoint (search_r1.json), since a policy trained on blocks of three
+# passages and fourteen tokens a turn is another policy with five and forty.
+SETTINGS = ("max_turns", "max_new_tokens", "max_obs_length", "max_length", "top_k", "do_search", "invalid_message")
+INVALID_MESSAGES = {"official": searchr1.INVALID_ACTION, "paper": searchr1.RETHINK}
+
+
+class Mistake(Exception):
+    """A user's mistake: one line on stderr and exit code 2, no traceback."""
+
+
+def run_main(main):
+    """Call a script's main(); a Mistake (or a bad line in a data file) becomes one line and exit code 2."""
+    try:
+        sys.exit(main())
+    except (Mistake, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ----- 1. Metrics -----
+
+
+def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, generator=None, batch_size=256, progress=False):
+    """Answer every question once -> (metrics, rollouts in the order of the questions).
+
+    metrics: em, f1 (means over all questions), searches (executed, a question), finished, valid_format (shares),
+    response_tokens (the policy's own, a question); with hops known also em_1hop, em_2hop, searches_1hop, searches_2hop.
+    """
+    settings = settings | {"invalid_message": INVALID_MESSAGES[settings["invalid_message"]]}
+    rollouts, right = [], 0.0
+    bar = tqdm(range(0, len(questions), batch_size), desc="evaluate", disable=not progress)
+    for at in bar:
+        part = questions[at : at + batch_size]
+        rollouts += rollout(policy, tokenizer, [q.question for q in part], search, temperature=temperature, generator=generator, **settings)
+        right += sum(outcome_reward(r.answer, q.golden_answers) for r, q in zip(rollouts[at:], part))
+        bar.set_postfix_str(f"EM {right / len(rollouts):.3f}")
+
+    def mean(value, hops=None):
+        chosen = [value(r, q) for r, q in zip(rollouts, questions) if hops is None or q.hops == hops]
+        return sum(chosen) / len(chosen)
+
+    em = lambda r, q: outcome_reward(r.answer, q.golden_answers)
+    searches = lambda r, q: r.num_searches
+    metrics = {
+        "em": mean(em),
+        "f1": mean(lambda r, q: f1_score(r.answer or "", q.golden_answers)),
+        "searches": mean(searches),
+        "finished": mean(lambda r, q: r.finished),
+        "valid_format": mean(lambda r, q: check_format(policy_view(r))[0]),
+        "response_tokens": mean(lambda r, q: sum(r.response_mask)),
+    }
+    for hops in sorted({q.hops for q in questions} - {0}):
+        metrics |= {f"em_{hops}hop": mean(em, hops), f"searches_{hops}hop": mean(searches, hops)}
+    return metrics, rollouts
+
+
+def fixed_sample(questions, limit, seed=0):
+    """The same `limit` questions at every call; of questions with known hops, equally many of each number."""
+    if not limit or limit >= len(questions):
+        return list(questions)
+    kinds = sorted({q.hops for q in questions})
+    share = [limit // len(kinds) + (i < limit % len(kinds)) for i in range(len(kinds))]
+    rng = random.Random(f"sample {seed}")
+    picked = []
+    for hops, count in zip(kinds, share):
+        of_kind = [q for q in questions if q.hops == hops]
+        picked += rng.sample(of_kind, min(count, len(of_kind)))
+    return picked
+
+
+# ----- 2. Loading -----
+
+
+def load_checkpoint(path, device="cpu", dtype=torch.float32):
+    """Folder or hub id of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not plain."""
+    local = Path(path).exists()
+    if local and not (Path(path) / "config.json").exists():
+        raise Mistake(f"{path} holds no model (no config.json); a checkpoint is a folder like outputs/run-1/checkpoint-100")
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        hint = "" if local else " (no folder of that name; a model of the hub needs the network)"
+        raise Mistake(f"no causal LM could be loaded from {path}{hint}: {str(error).strip().splitlines()[0]}") from None
+    # Rollout and training read the logits as head(hidden). Models that scale or cap their logits would be another policy.
+    ids = torch.arange(4, device=device)[None]
+    with torch.no_grad():
+        head = policy.get_output_embeddings()
+        plain = head(policy.base_model(input_ids=ids).last_hidden_state)
+        if not torch.allclose(plain, policy(input_ids=ids).logits, atol=1e-3, rtol=1e-2) or head.bias is not None:
+            raise Mistake(f"{path}: its logits are not one linear map of the hidden states; such a head is not supported")
+    return policy, tokenizer
+
+
+def load_settings(checkpoint, top_k=None):
+    """search_r1.json of a checkpoint, or the tiny world's defaults for a folder without one -> dict."""
+    file = Path(checkpoint) / "search_r1.json"
+    saved = json.loads(file.read_text()) if file.exists() else data.TINY_SETTINGS | {"world_seed": 0, "corpus": None}
+    return saved | ({"top_k": top_k} if top_k else {})
+
+
+def task(world_seed, corpus=None, questions=None):
+    """-> (held-out questions, search engine, World or None): the tiny world, or files given by path."""
+    try:
+        if corpus:
+            engine = build_index(load_passages(corpus))
+            return (data.load_questions(questions) if questions else []), engine, None
+    except OSError as error:
+        raise Mistake(f"cannot read {error.filename}: {error.strerror}") from None
+    world = data.make_world(world_seed)
+    return world.test, build_index(world.passages), world
+
+
+# ----- 3. Pictures -----
+
+CURVES = [
+    ("held-out exact match (greedy)", ["eval/em_1hop", "eval/em_2hop", "eval/em"], "share of questions"),
+    ("training reward (sampled)", ["reward/mean"], "mean reward"),
+    ("searches a question (greedy, held out)", ["eval/searches_1hop", "eval/searches_2hop", "eval/searches"], "searches"),
+    ("response length (sampled)", ["response_length/mean"], "tokens, passages included"),
+    ("KL to the base model", ["kl"], "nats a token"),
+    ("entropy of the policy", ["entropy"], "nats a token"),
+]
+
+
+def read_metrics(run):
+    """metrics.jsonl of a run's folder -> list of dicts."""
+    file = Path(run) / "metrics.jsonl"
+    if not file.exists():
+        raise Mistake(f"{run} is not the folder of a run: it has no metrics.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def plot_runs(runs, path):
+    """Draw the curves of one or several runs, a colour a run, a line style a number of hops, into one PNG or PDF."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for (title, names, unit), axis in zip(CURVES, axes.flat):
+        for number, run in enumerate(runs):
+            records = read_metrics(run)
+            present = [name for name in names if any(name in r for r in records)]
+            if any("hop" in name for name in present):
+                present = [name for name in present if "hop" in name]
+            for style, name in zip(["-", "--", ":"], present):
+                label = " ".join(([Path(run).name] if len(runs) > 1 else []) + [f"{h[0]} hop" for h in [name[-4:]] if h[1:] == "hop"])
+                points = [(r["step"], r[name]) for r in records if name in r]
+                axis.plot(*zip(*points), style, color=f"C{number}", label=label or None, marker="." if name.startswith("eval") else None)
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ----- 4. One conversation -----
+
+
+def ask(policy, tokenizer, question, search, settings):
+    """Print the conversation about one question: retrieved text dimmed (it is masked out of the loss), tags coloured."""
+    _, (r,) = evaluate(policy, tokenizer, [data.Question("ask", question, ("",))], search, settings)
+    print(transcript(r, tokenizer, colour=sys.stdout.isatty()))
+    print(f"\n{r.num_searches} searches, answer: {r.answer!r}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of Search-R1, talk to it, or draw the curves of runs.")
+    parser.add_argument("--checkpoint", help="folder of a checkpoint (or a hub id)")
+    parser.add_argument("--data", help="question file (JSON lines: id, question, golden_answers); default: the tiny world's held-out questions")
+    parser.add_argument("--corpus", help="passage file (JSON lines: id, contents); default: what the checkpoint was trained with")
+    parser.add_argument("--world-seed", type=int, help="another tiny world than the checkpoint's")
+    parser.add_argument("--limit", type=int, default=0, help="a fixed sample of N questions (default: all)")
+    parser.add_argument("--top-k", type=int, help="passages a search (default: as trained)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--ask", metavar="QUESTION", help="print one conversation instead")
+    parser.add_argument("--json", help="write metrics and one record a question to this file")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs into one picture")
+    parser.add_argument("--output", default="curves.png", help="where --plot writes (default: curves.png)")
+    args = parser.parse_args()
+    if args.plot:
+        plot_runs(args.plot, args.output)
+        print(f"wrote {args.output}")
+        return 0
+    if not args.checkpoint:
+        raise Mistake("give --checkpoint DIR (a folder that train.py wrote) or --plot RUN")
+    if args.temperature < 0 or args.limit < 0:
+        raise Mistake("--temperature and --limit cannot be negative")
+    if args.top_k is not None and args.top_k < 1:
+        raise Mistake(f"--top-k {args.top_k}: must be at least 1")
+    policy, tokenizer = load_checkpoint(args.checkpoint)
+    saved = load_settings(args.checkpoint, args.top_k)
+    settings = {name: saved[name] for name in SETTINGS}
+    corpus, file = (args.corpus or saved["corpus"], args.data) if args.world_seed is None else (None, None)
+    if corpus and not (file or args.ask):
+        raise Mistake(f"this checkpoint searches {corpus}; give --data FILE with the questions to evaluate")
+    if file and not corpus:
+        raise Mistake("--data needs --corpus FILE, the passages to search")
+    world_seed = saved["world_seed"] if args.world_seed is None else args.world_seed
+    questions, engine, _ = task(world_seed, corpus, file)
+    if args.ask:
+        ask(policy, tokenizer, args.ask, engine.search, settings)
+        return 0
+    questions = fixed_sample(questions, args.limit)
+    generator = torch.Generator().manual_seed(0)
+    metrics, rollouts = evaluate(policy, tokenizer, questions, engine.search, settings, args.temperature, generator, progress=True)
+    where = file or f"tiny world {world_seed}, held out"
+    print(f"{len(questions)} questions ({where}), {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}")
+    for name, value in metrics.items():
+        print(f"{name:18} {value:.3f}")
+    if args.json:
+        records = [
+            {"id": q.id, "question": q.question, "golden_answers": q.golden_answers, "answer": r.answer, "em": outcome_reward(r.answer, q.golden_answers),
+             "searches": r.searches, "transcript": transcript(r, tokenizer)} for q, r in zip(questions, rollouts)
+        ]  # fmt: skip
+        Path(args.json).write_text(json.dumps({"metrics": metrics, "settings": saved, "records": records}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
