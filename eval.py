@@ -40,6 +40,13 @@ class Mistake(Exception):
     """A user's mistake: one line on stderr and exit code 2, no traceback."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse prints a page of usage before its error; the error is what helps."""
+
+    def error(self, message):
+        raise Mistake(f"{message} (--help lists the flags)")
+
+
 def run_main(main):
     """Call a script's main(); a Mistake (or a bad line in a data file) becomes one line and exit code 2."""
     try:
@@ -199,8 +206,8 @@ def ask(policy, tokenizer, question, search, settings):
     print(f"\n{r.num_searches} searches, answer: {r.answer!r}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of Search-R1, talk to it, or draw the curves of runs.")
+def main(argv=None):
+    parser = Parser(description="Evaluate a checkpoint of Search-R1, talk to it, or draw the curves of runs.")
     parser.add_argument("--checkpoint", help="folder of a checkpoint (or a hub id)")
     parser.add_argument("--data", help="question file (JSON lines: id, question, golden_answers); default: the tiny world's held-out questions")
     parser.add_argument("--corpus", help="passage file (JSON lines: id, contents); default: what the checkpoint was trained with")
@@ -212,7 +219,7 @@ def main():
     parser.add_argument("--json", help="write metrics and one record a question to this file")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs into one picture")
     parser.add_argument("--output", default="curves.png", help="where --plot writes (default: curves.png)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.plot:
         plot_runs(args.plot, args.output)
         print(f"wrote {args.output}")

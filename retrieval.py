@@ -59,7 +59,10 @@ def load_passages(path):
             if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("contents"), str):
                 raise ValueError(f'{where}: a passage needs "id" and "contents" (a string: title, newline, text)')
             title, _, text = record["contents"].partition("\n")
-            passage = Passage(str(record["id"]), title.strip().strip('"'), text.strip())
+            title = title.strip()
+            if len(title) > 1 and title[0] == title[-1] == '"':  # one pair only: a title may have quotes of its own
+                title = title[1:-1]
+            passage = Passage(str(record["id"]), title, text.strip())
             if not passage.text:
                 raise ValueError(f'{where}: passage {passage.id!r} has no text after the title line of "contents"')
             if passage.id in seen:

@@ -14,7 +14,7 @@ Departures, besides those of searchr1.py:
   [D9]  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 1e-5 (a test says so), and a
         forward pass is saved. --recompute-old-logprobs asks the trainer again, as the official code does.
   [D10] GRPO: groups whose rewards are all equal have advantage 0 and are left out of the update, and so is the KL
-        term of their tokens. The share of such groups is logged (frac_reward_zero_std).
+        term of their tokens; if all groups are like that, all stay and only KL acts. Logged as frac_reward_zero_std.
   [D11] The learning rate warms up from lr/warmup_steps, not from 0: the official schedule wastes the first step. On
         the tiny world it also decays over the second half.
   [D12] No entropy bonus unless asked for; the official default is 0.001.
@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from eval import INVALID_MESSAGES, SETTINGS, Mistake, evaluate, fixed_sample, load_checkpoint, plot_runs, run_main, task
+from eval import INVALID_MESSAGES, SETTINGS, Mistake, Parser, evaluate, fixed_sample, load_checkpoint, plot_runs, run_main, task
 from searchr1 import (
     Critic, collate, format_reward, gae, group_advantages, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
     token_logprobs, token_mean, transcript, value_loss, whiten,
@@ -124,7 +124,7 @@ POSITIVE = ("steps", "batch_size", "group_size", "minibatches", "micro_batch_tok
 
 def parse_config(argv):
     """Command line -> Config. Flags are the fields with dashes; unknown flags and impossible values are errors."""
-    parser = argparse.ArgumentParser(description="Train a language model to search, from the reward of its final answer alone.")
+    parser = Parser(allow_abbrev=False, description="Train a language model to search, from the reward of its final answer alone.")
     for f in fields(Config):
         name, help = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         if isinstance(f.default, bool):
@@ -333,7 +333,7 @@ def score_batch(models, batch, rewards_B, config):
 
 
 def advantages(batch, token_rewards_BT, config):
-    """Phase 5: the one place where the algorithms differ. Returns the Batch to train on, None if there is nothing to learn."""
+    """Phase 5: the one place where the algorithms differ. Returns the Batch to train on."""
     if config.algo == "ppo":  # [Eq. 2]
         advantages_BT, batch.returns_BT = gae(token_rewards_BT, batch.values_BT, batch.mask_BT, config.gamma, config.lam)
         batch.advantages_BT = whiten(advantages_BT, batch.mask_BT)
@@ -345,7 +345,7 @@ def advantages(batch, token_rewards_BT, config):
         advantages_B = scores_B - scores_B.mean()
     batch.advantages_BT = advantages_B[:, None] * batch.mask_BT
     kept = advantages_B.nonzero()[:, 0]  # [D10]
-    return batch.rows(kept) if len(kept) else None
+    return batch.rows(kept) if len(kept) else batch
 
 
 def measure(rollouts, rewards_B, em_B, losses, config):
@@ -472,7 +472,7 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
             batch = advantages(batch, token_rewards_BT, config)
 
             # Phase 6. Update [Eq. 2, Eq. 3].
-            losses = update(models, batch, step, config, rng) if batch else {}
+            losses = update(models, batch, step, config, rng)
 
             # Phase 7. Log.
             seconds = time.perf_counter() - began

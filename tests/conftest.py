@@ -1,11 +1,13 @@
 """What several test files share: the files under test on the path, a small random model, a small world."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; with no network the question would take 20 seconds
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data

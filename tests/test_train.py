@@ -1,0 +1,331 @@
+"""Claims about the loop, on models too small to learn anything: what is checked is that the arithmetic is right."""
+
+import copy
+import json
+import os
+import random
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import data
+import searchr1
+import train
+from conftest import random_model
+from eval import Mistake, run_main
+from retrieval import Passage
+
+SMALL = "--batch-size 6 --group-size 4 --eval-limit 6 --eval-every 2 --steps 2 --reward format".split()
+
+
+@pytest.fixture()
+def small_base(monkeypatch, tmp_path, tokenizer):
+    """A run in an empty folder, with a random model in place of the base model, that now and then answers something."""
+    monkeypatch.chdir(tmp_path)
+    model = random_model(tokenizer, loud=("<search>", "</search>", "<answer>", "</answer>"))
+    monkeypatch.setattr(data, "base_model", lambda config, cache: (copy.deepcopy(model), tokenizer, "random"))
+
+
+def metrics(folder):
+    """metrics.jsonl without what a clock measured."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("timing") and k != "tokens_per_s"} for line in lines]
+
+
+def a_batch(tokenizer, model, group_size=4):
+    """Rollouts of a random model as a Batch with advantages from made-up rewards, reference log-probs and values."""
+    found = [Passage("0", "bako", "bako lives in bodaton.")]
+    rollouts = searchr1.rollout(model, tokenizer, ["who is bako?", "what is the city where bako was born?"], lambda q, k: [found] * len(q), group_size, 3, 12, 40, 200, temperature=1.0, invalid_message=searchr1.RETHINK, generator=torch.Generator().manual_seed(3))
+    batch = searchr1.collate(rollouts)
+    rewards = torch.tensor([1.0, 0, 0, 0] * 2)
+    batch.advantages_BT = searchr1.group_advantages(rewards, group_size)[:, None] * batch.mask_BT
+    batch.ref_logprobs_BT = batch.old_logprobs_BT - 0.2 * batch.mask_BT
+    batch.values_BT, batch.returns_BT = torch.zeros_like(batch.old_logprobs_BT), 1.0 * batch.mask_BT
+    return batch, rewards
+
+
+def sgd(model):
+    """A learning rate of 1 without momentum: the change of the weights is minus the gradient."""
+    return torch.optim.SGD(model.parameters(), lr=1.0)
+
+
+# ----- The update -----
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_micro_batches_equal_the_big_batch(tokenizer, model, algo):
+    """Claim: a budget of one row a micro-batch moves policy and critic as one big batch does.
+    Fails if: `share` is dropped in update (each micro-batch's mean would count alike), or is a share of rows.
+    """
+    batch, _ = a_batch(tokenizer, model)
+    moved = []
+    for budget in (10**6, 1):
+        config = train.Config(algo=algo, minibatches=1, micro_batch_tokens=budget, lr=1.0, critic_lr=1.0, kl_coef=0.5, entropy_coef=0.1, max_grad_norm=1e9, warmup_steps=0, critic_warmup_steps=0)
+        policy, critic = copy.deepcopy(model), searchr1.Critic(model) if algo == "ppo" else None
+        losses = train.update(train.Models(policy, model, critic, sgd(policy), sgd(critic) if critic else None), batch, 1, config, random.Random(0))
+        weights = torch.cat([p.detach().flatten() for m in (policy, critic) if m for p in m.parameters()])
+        moved.append((weights, losses))
+    start = torch.cat([p.flatten() for m in (model, critic and searchr1.Critic(model)) if m for p in m.parameters()])
+    assert len({len(r) for r in batch.ids_BL}) == 1 and (moved[0][0] - start).abs().max() > 1e-3
+    torch.testing.assert_close(moved[0][0], moved[1][0], atol=2e-6, rtol=1e-5)
+    assert moved[0][1] == pytest.approx(moved[1][1], abs=1e-5)
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer, model):
+    """Claim: pieces partition the rows; rows times the longest row stays within the budget, one row at least.
+    Fails if: micro_batches drops its last piece.
+    """
+    batch, _ = a_batch(tokenizer, model)
+    for budget in (1, 100, 200, 10**6):
+        pieces = train.micro_batches(batch, range(8), budget)
+        assert sorted(i for piece in pieces for i in piece) == list(range(8))
+        assert all(len(p) == 1 or len(p) * max(batch.lengths_B[i] for i in p) <= budget for p in pieces)
+
+
+def test_one_update_raises_the_logprob_of_the_rewarded_rollout(tokenizer, model):
+    """Claim: after one small step, rollouts with reward 1 are more likely and the others, on the whole, less.
+    Fails if: policy_loss loses its minus sign, or rewards and rollouts fall out of step.
+    """
+    batch, rewards = a_batch(tokenizer, model)
+    batch.ref_logprobs_BT = batch.old_logprobs_BT
+    policy = copy.deepcopy(model)
+    config = train.Config(minibatches=1, warmup_steps=0, lr=1e-3)
+    train.update(train.Models(policy, model, None, sgd(policy), None), batch, 1, config, random.Random(0))
+    with torch.no_grad():
+        change = (searchr1.token_logprobs(policy, batch.ids_BL, batch.mask_BT)[0] - batch.old_logprobs_BT).sum(1)
+    assert (change[rewards == 1] > 0).all() and change[rewards == 0].mean() < 0
+
+
+def test_the_kl_loss_pulls_towards_the_reference(tokenizer, model):
+    """Claim: with no reward at all, a step brings the log-probs of the sampled tokens closer to the reference's: the k3
+    that is logged as kl falls.
+    Fails if: the KL term is subtracted in update (`+ config.kl_coef` -> `-`), a bug that the official code once had.
+    """
+    reference = random_model(tokenizer, seed=1)
+    batch, _ = a_batch(tokenizer, model)
+    batch.advantages_BT, batch.ref_logprobs_BT = torch.zeros_like(batch.old_logprobs_BT), None
+    policy, logged = copy.deepcopy(model), []
+    for _ in range(2):
+        config = train.Config(minibatches=1, warmup_steps=0, kl_coef=1.0, lr=0.01)
+        logged.append(train.update(train.Models(policy, reference, None, sgd(policy), None), batch, 1, config, random.Random(0))["kl"])
+    assert 0 < logged[1] < logged[0]
+
+
+def test_kl_in_the_reward_is_k1_of_the_policys_tokens(tokenizer, model):
+    """Claim: [Eq. 1, PPO] each token of the policy is charged beta (log pi - log pi_ref), the last one also gets the
+    outcome; retrieved tokens get nothing.
+    Fails if: score_batch adds the penalty instead of subtracting it, or charges retrieved tokens.
+    """
+    reference = random_model(tokenizer, seed=1)
+    batch, rewards = a_batch(tokenizer, model)
+    token_rewards = train.score_batch(train.Models(model, reference, None, None, None), batch, rewards, train.Config(kl_in="reward", kl_coef=0.1))
+    with torch.no_grad():
+        ref = torch.log_softmax(reference(input_ids=batch.ids_BL).logits[:, :-1], -1).gather(-1, batch.ids_BL[:, 1:, None])[..., 0]
+    for row in range(8):
+        own = batch.mask_BT[row].nonzero()[:, 0]
+        want = -0.1 * (batch.old_logprobs_BT - ref)[row, own]
+        want[-1] += rewards[row]
+        torch.testing.assert_close(token_rewards[row, own], want, atol=1e-5, rtol=0)
+        assert (token_rewards[row, ~batch.mask_BT[row]] == 0).all()
+
+
+def test_groups_without_any_difference_in_reward_are_left_out(tokenizer, model):
+    """Claim: [D10] a group of equal rewards is not trained on; if all groups are equal, all rows stay with advantage 0.
+    Fails if: advantages() returns the batch as it is, or an empty one.
+    """
+    batch, _ = a_batch(tokenizer, model)
+    config = train.Config(group_size=4)
+    for value in (0.0, 1.0):
+        same = train.advantages(batch, searchr1.rewards_at_end(torch.full((8,), value), batch.mask_BT), config)
+        assert len(same.ids_BL) == 8 and (same.advantages_BT == 0).all()
+    kept = train.advantages(batch, searchr1.rewards_at_end(torch.tensor([0.0] * 4 + [1.0, 0, 0, 0]), batch.mask_BT), config)
+    assert kept.ids_BL.shape[0] == 4 and kept.lengths_B.tolist() == batch.lengths_B[4:].tolist()
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    """Claim: [D11] linear to 1 over the warm-up, never 0; constant to half-way, then linear to a tenth at the end.
+    Fails if: the warm-up counts from step - 1.
+    """
+    config = train.Config(steps=100, warmup_steps=4)
+    got = [train.learning_rate_factor(step, config) for step in (1, 2, 4, 50, 75, 100)]
+    assert got == pytest.approx([0.25, 0.5, 1, 1, 0.55, 0.1])
+    assert train.learning_rate_factor(100, train.Config(steps=100, lr_decay=False)) == 1
+
+
+# ----- Whole runs -----
+
+
+def test_the_same_seed_gives_the_same_metrics_twice(small_base):
+    """Claim: two runs of one command log the same numbers (but for times), another seed others; something was learned.
+    Fails if: a generator is left unseeded (`generator=generator` dropped from the rollout).
+    """
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.main(SMALL + ["--output-dir", name, "--seed", str(seed)])
+    assert metrics("a") == metrics("b") != metrics("c")
+    assert any(line.get("grad_norm", 0) > 0 for line in metrics("a"))
+
+
+@pytest.mark.parametrize("flags", [["--algo", "grpo"], ["--algo", "ppo", "--critic-warmup-steps", "1"], ["--algo", "reinforce", "--kl-in", "reward"]])
+def test_a_resumed_run_is_the_uninterrupted_run(small_base, flags):
+    """Claim: killed after step 2 of 4 and resumed, the metrics and weights are those of a run that was left alone.
+    Fails if: restore() forgets the optimiser, or a step's randomness depends on the steps before it.
+    """
+    run = SMALL + flags + ["--steps", "4", "--save-every", "2"]
+    train.main(run + ["--output-dir", "whole"])
+    train.main(run + ["--output-dir", "killed"])
+    for file in sorted(Path("killed/checkpoint-4").iterdir()):  # as if it had died before this was written
+        file.unlink()
+    Path("killed/checkpoint-4").rmdir()
+    train.main(["--resume", "killed"])
+    assert metrics("killed") == metrics("whole")
+    states = [AutoModelForCausalLM.from_pretrained(f"{run}/checkpoint-4").state_dict() for run in ("whole", "killed")]
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))
+
+
+def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, capsys):
+    """Claim: Ctrl-C in step 2 ends the run after step 2, with a checkpoint and one line that says how to go on; what is
+    resumed is the run that was not interrupted.
+    Fails if: `or stop` is removed from the condition that saves.
+    """
+    run = SMALL + ["--steps", "3"]
+    train.main(run + ["--output-dir", "whole"])
+    draw = data.draw_questions
+    monkeypatch.setattr(data, "draw_questions", lambda *args: os.kill(os.getpid(), signal.SIGINT) or draw(*args) if len(metrics("stopped")) == 2 else draw(*args))
+    with pytest.raises(SystemExit) as stopped:
+        train.main(run + ["--output-dir", "stopped"])
+    assert stopped.value.code == 130 and len(metrics("stopped")) == 3 and "--resume stopped" in capsys.readouterr().out
+    monkeypatch.setattr(data, "draw_questions", draw)
+    train.main(["--resume", "stopped"])
+    assert metrics("stopped") == metrics("whole")
+
+
+@pytest.mark.parametrize("flags", [["--no-search"], ["--no-mask", "--kl-in", "reward"], ["--shuffle-rewards"], ["--recompute-old-logprobs"], ["--algo", "ppo", "--no-mask"], ["--group-size", "1"]])
+def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
+    """Claim: config, metrics with the official names, samples, curves and a checkpoint that transformers loads; the
+    first and the last line of the metrics carry an evaluation.
+    Fails if: a metric of the list is renamed, or the last step is not evaluated when eval_every does not divide it.
+    """
+    train.main(SMALL + ["--steps", "3", "--output-dir", "run"] + flags)
+    lines = metrics("run")
+    names = "reward/mean reward/std frac_reward_zero_std kl entropy clip_ratio grad_norm lr response_length/mean env/number_of_actions env/ratio_of_valid_action env/number_of_valid_search env/finish_ratio state_tokens/coverage"
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert set(names.split()) <= set().union(*lines[1:]) and all(v == v for line in lines for v in line.values())
+    for line in (lines[0], lines[-1]):
+        assert {"eval/em", "eval/f1", "eval/em_1hop", "eval/em_2hop", "eval/sampled_em", "train/sampled_em"} <= set(line)
+    assert {f.name for f in Path("run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint-3"}
+    AutoModelForCausalLM.from_pretrained("run/checkpoint-3")
+    assert AutoTokenizer.from_pretrained("run/checkpoint-3").chat_template == data.CHAT_TEMPLATE
+    if "--no-search" in flags:
+        assert all(line["env/number_of_valid_search"] == 0 for line in lines[1:])
+
+
+@pytest.fixture()
+def real_shape(tmp_path, monkeypatch):
+    """Files in the official formats and a saved two-layer Qwen3 with a byte-level BPE tokenizer and a ChatML template."""
+    monkeypatch.chdir(tmp_path)
+    towns = [f"Town {chr(65 + i)}{i}" for i in range(24)]
+    passages = [{"id": str(i), "contents": f'"{t}"\n{t} lies on the river Number {i}, and its mayor is called Person {i}. Ünïcode; naïve.'} for i, t in enumerate(towns)]
+    questions = [{"id": f"q{i}", "question": f"Who is the mayor of {t}", "golden_answers": [f"Person {i}"], "metadata": {}} for i, t in enumerate(towns)]
+    for name, records in (("passages", passages), ("questions", questions)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [searchr1.TEMPLATE, searchr1.INVALID_ACTION] + [p["contents"] for p in passages]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    chatml = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chatml)
+    random_model(tokenizer).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    return "--model model --train-data questions.jsonl --corpus passages.jsonl".split()
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_format(real_shape, algo, monkeypatch):
+    """Claim: --model DIR with question and passage files runs the same loop: the official prompt in the model's chat
+    template, the official information block, checkpoints that load, an unfinished rollout paid nothing.
+    Fails if: the tiny preset's lengths or messages are used (`preset` fixed to "tiny" in parse_config).
+    """
+    # An untrained model never closes a tag; let it find one, so that passages really enter the conversation.
+    parse = searchr1.parse_action
+    monkeypatch.setattr(searchr1, "parse_action", lambda text: searchr1.Action("search", "mayor of Town B1") if len(text) % 2 else parse(text))
+    flags = ["--algo", algo, "--steps", "2", "--batch-size", "3", "--group-size", "2", "--max-new-tokens", "20", "--max-turns", "2", "--eval-limit", "2", "--output-dir", "run"]
+    train.main(real_shape + flags)
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    assert samples[0]["prompt"].startswith("<|im_start|>user\nAnswer the given question.") and samples[0]["prompt"].endswith("?\n<|im_end|>\n<|im_start|>assistant\n")
+    text = "".join(s["transcript"] for s in samples)
+    assert '\n\n<information>Doc 1(Title: "Town B1") Town B1 lies on the river Number 1' in text and searchr1.INVALID_ACTION in text
+    assert json.loads(Path("run/config.json").read_text())["preset"] == "real"
+    AutoModelForCausalLM.from_pretrained("run/checkpoint-2")
+    ids = AutoTokenizer.from_pretrained("run/checkpoint-2")(searchr1.TEMPLATE)["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained("model")(searchr1.TEMPLATE)["input_ids"]
+
+
+def test_files_are_gone_through_in_epochs(real_shape):
+    """Claim: each epoch visits every training question once, in its own order, and draw(step) needs no earlier step.
+    Fails if: draw starts every epoch with the same permutation, or samples with replacement.
+    """
+    config = train.parse_config(real_shape + ["--batch-size", "11"])
+    _, _, _, draw, sample, held = train.load_run(config)
+    epochs = [[q.id for step in (2 * e + 1, 2 * e + 2) for q in draw(step)] for e in range(2)]
+    assert len(held) == 2 and len(set(epochs[0])) == len(set(epochs[1])) == 22 and epochs[0] != epochs[1]
+    assert {q.id for q in held}.isdisjoint(epochs[0]) and [q.id for q in draw(3)] == epochs[1][:11]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--steps", "0"], "--steps 0: must be above 0"),
+        (["--steps", "many"], "invalid int value"),
+        (["--algo", "dpo"], "invalid choice"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["--temperature", "0"], "--temperature 0.0"),
+        (["--model", "nowhere"], "--train-data"),
+        (["--train-data", "q.jsonl"], "--corpus"),
+        (["--model", "nowhere", "--train-data", "questions.jsonl", "--corpus", "passages.jsonl"], "no causal LM"),
+        (["--model", "empty", "--train-data", "questions.jsonl", "--corpus", "passages.jsonl"], "holds no model"),
+        (["--model", "model", "--train-data", "gone.jsonl", "--corpus", "passages.jsonl"], "cannot read gone.jsonl"),
+        (["--model", "model", "--train-data", "passages.jsonl", "--corpus", "passages.jsonl"], "passages.jsonl line 1"),
+        (["--model", "model", "--train-data", "questions.jsonl", "--corpus", "passages.jsonl", "--batch-size", "50"], "--batch-size is 50"),
+        (["--model", "model", "--train-data", "questions.jsonl", "--corpus", "passages.jsonl", "--max-length", "100"], "--max-length"),
+        (["--resume", "nowhere"], "no checkpoint"),
+        (["--output-dir", "old"], "holds a run already"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(real_shape, capsys, flags, message):
+    """Claim: a user's mistake never ends in a traceback: one line that names it, exit code 2.
+    Fails if: run_main lets Mistake or ValueError through, or Parser.error prints the usage.
+    """
+    Path("empty").mkdir()
+    Path("old").mkdir()
+    Path("old/metrics.jsonl").touch()
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: train.main(flags))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and message in error and "\n" not in error
+
+
+def test_resuming_takes_no_other_flags(small_base):
+    """Claim: --resume refuses flags that would change the run, and a run that is complete.
+    Fails if: resumed_config ignores what else was given.
+    """
+    train.main(SMALL + ["--output-dir", "run"])
+    for flags, message in ((["--lr", "1"], "--lr cannot change"), ([], "has all its 2 steps")):
+        with pytest.raises(Mistake, match=message):
+            train.main(["--resume", "run"] + flags)
+    train.main(["--resume", "run", "--steps", "3"])
+    assert [line["step"] for line in metrics("run")] == [0, 1, 2, 3]
+
+
+def test_the_readmes_flags_exist():
+    """Claim: every flag of a train.py or eval.py command in the README is one of the script's.
+    Fails if: a flag is renamed in one place only.
+    """
+    root = Path(__file__).parent.parent
+    for script, flags in re.findall(r"python (train|eval)\.py([^\n`|]*)", (root / "README.md").read_text()):
+        for flag in re.findall(r"--[\w-]+", flags):
+            assert f'"{flag}"' in (root / "eval.py").read_text() if script == "eval" else flag[2:].replace("-", "_") in {f.name for f in train.fields(train.Config)}, (script, flag)
