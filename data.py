@@ -382,17 +382,6 @@ def _batch(tokenizer, episodes, context_weight):
     return pad([r[0] for r in rows], batch_first=True), pad([r[1] for r in rows], batch_first=True)
 
 
-def alike(episodes, batch_size, rng):
-    """Episodes -> batches of like length, in random order: of every four batches' worth the shortest go together, and so
-    on. Padding falls from 44 % of the tokens to 22 %."""
-    batches = []
-    for at in range(0, len(episodes), 4 * batch_size):
-        window = sorted(episodes[at : at + 4 * batch_size], key=len)
-        batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-    rng.shuffle(batches)
-    return batches
-
-
 def train_base_model(config, progress=True):
     """BaseConfig -> (model, tokenizer). Next-token prediction on worlds drawn afresh every 40 steps.
 
@@ -427,12 +416,12 @@ def train_base_model(config, progress=True):
                 engine = build_index(world.passages)
                 questions = rng.choices(world.train, k=40 * config.batch_size)
                 episodes = poor_episodes(questions, engine.search, config.top_k, rng)
-                batches = alike(episodes, config.batch_size, rng)
         reading = step < config.reading_steps or rng.random() < config.reading_share
         if reading:
             batch = [reading_episode(world, facts, rng.randint(1, level), rng) for _ in range(config.batch_size)]
         else:
-            batch = batches[step % 40]
+            at = step % 40 * config.batch_size
+            batch = episodes[at : at + config.batch_size]
         ids_BL, weights_BL = _batch(tokenizer, batch, config.context_weight)
         logits_BTV = model(input_ids=ids_BL).logits[:, :-1]
         targets_BT, weights_BT = ids_BL[:, 1:], weights_BL[:, 1:]

@@ -100,7 +100,7 @@ class Config:
     no_mask: bool = flag(False, "the paper's ablation: train on retrieved tokens, too")
     shuffle_rewards: bool = flag(False, "a control: rewards dealt out at random within the batch")
     recompute_old_logprobs: bool = flag(False, "old log-probs from the trainer instead of the sampler")
-    eval_every: int = flag(20, "steps between evaluations on held-out questions")
+    eval_every: int = flag(10, "steps between evaluations on held-out questions")
     eval_limit: int = flag(400, "questions of an evaluation, a fixed sample")
     save_every: int = flag(0, "steps between checkpoints; 0: only at the end (and when interrupted)")
 
@@ -108,7 +108,7 @@ class Config:
 # The tiny world's own values are the defaults above. "real" is the paper's recipe with a batch for one card.
 PRESETS = {
     "tiny": {},
-    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 70, "eval_every": 10},
+    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 60},
     "tiny/reinforce": {"batch_size": 240, "group_size": 1},
     "real": {
         "steps": 500, "batch_size": 8, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6, "critic_lr": 1e-5, "warmup_steps": 142,
