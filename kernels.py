@@ -63,37 +63,41 @@ def new_statistics(rows, with_reference, device):
     return {name: torch.full((rows,), LOWEST if name.endswith("max") else 0.0, device=device) for name in names}
 
 
+def differences(x_nc, max_n, temperature):
+    """(x - max) / T as a new fp32 tensor, with LOWEST / T at the least, so that -inf times e^-inf is 0 and not NaN."""
+    z_nc = (x_nc.float() - max_n[:, None]).clamp_min_(LOWEST)
+    return z_nc if temperature == 1 else z_nc.div_(temperature)
+
+
 def update_statistics(stats, x_nc, y_nc, target_n, first_column, temperature):
     """Take in the columns [first_column, first_column + c) of every row; returns this slice's share of `sum`, [n].
 
-    x_nc, y_nc: logits of the policy and (or None) of the reference, [n, c], any float type. When the maximum moves by
-    `shift`, the sums are re-based: e^{x-m'} = e^{x-m} e^{m-m'}, and moments also gain sum * (m - m').
+    x_nc, y_nc: logits of the policy and (or None) of the reference, [n, c], any float type. With z = (x - m)/T:
+    sum = sum e^z, moment = sum e^z z, ref_moment = sum e^z (z - z_ref). When the maximum moves by `shift` (in units of
+    T), sums are re-based, e^{z'} = e^z e^shift, and moments also gain sum * shift.
     """
-    x_nc = x_nc.float()
-    new_max = torch.maximum(stats["max"], x_nc.amax(1))
-    shift = stats["max"] - new_max
-    decay = torch.exp(shift / temperature)
-    d_nc = (x_nc - new_max[:, None]).clamp_min(LOWEST)
-    e_nc = torch.exp(d_nc / temperature)
+    new_max = torch.maximum(stats["max"], x_nc.amax(1).float())
+    shift = (stats["max"] - new_max) / temperature
+    z_nc = differences(x_nc, new_max, temperature)
+    e_nc = z_nc.exp()
     slice_sum = e_nc.sum(1)
     if y_nc is not None:
-        y_nc = y_nc.float()
-        new_ref_max = torch.maximum(stats["ref_max"], y_nc.amax(1))
-        ref_shift = stats["ref_max"] - new_ref_max
-        dy_nc = (y_nc - new_ref_max[:, None]).clamp_min(LOWEST)
-        stats["ref_sum"] = torch.exp(ref_shift / temperature) * stats["ref_sum"] + torch.exp(dy_nc / temperature).sum(1)
+        new_ref_max = torch.maximum(stats["ref_max"], y_nc.amax(1).float())
+        ref_shift = (stats["ref_max"] - new_ref_max) / temperature
+        zy_nc = differences(y_nc, new_ref_max, temperature)
+        stats["ref_sum"] = torch.exp(ref_shift) * stats["ref_sum"] + zy_nc.exp().sum(1)
         rebased = stats["ref_moment"] + stats["sum"] * (shift - ref_shift)
-        stats["ref_moment"] = decay * rebased + (e_nc * (d_nc - dy_nc)).sum(1)
+        stats["ref_moment"] = torch.exp(shift) * rebased + (e_nc * (z_nc - zy_nc)).sum(1)
         stats["ref_max"] = new_ref_max
-    stats["moment"] = decay * (stats["moment"] + stats["sum"] * shift) + (e_nc * d_nc).sum(1)
-    stats["sum"] = decay * stats["sum"] + slice_sum
+    stats["moment"] = torch.exp(shift) * (stats["moment"] + stats["sum"] * shift) + e_nc.mul_(z_nc).sum(1)
+    stats["sum"] = torch.exp(shift) * stats["sum"] + slice_sum
     stats["max"] = new_max
     column_n = target_n - first_column
     here = (column_n >= 0) & (column_n < x_nc.shape[1])
     column_n = column_n.clamp(0, x_nc.shape[1] - 1)[:, None]
-    stats["target"] = torch.where(here, x_nc.gather(1, column_n)[:, 0], stats["target"])
+    stats["target"] = torch.where(here, x_nc.gather(1, column_n)[:, 0].float(), stats["target"])
     if y_nc is not None:
-        stats["ref_target"] = torch.where(here, y_nc.gather(1, column_n)[:, 0], stats["ref_target"])
+        stats["ref_target"] = torch.where(here, y_nc.gather(1, column_n)[:, 0].float(), stats["ref_target"])
     return slice_sum
 
 
@@ -101,11 +105,11 @@ def finish_statistics(stats, temperature):
     """Statistics over the whole row -> (logp, entropy, kl, ref_logp), fp32 [n] each."""
     log_sum = torch.log(stats["sum"])
     logp = (stats["target"] - stats["max"]) / temperature - log_sum
-    entropy = log_sum - stats["moment"] / (stats["sum"] * temperature)
+    entropy = log_sum - stats["moment"] / stats["sum"]
     if "ref_max" not in stats:
         return logp, entropy, torch.zeros_like(logp), torch.zeros_like(logp)
     ref_log_sum = torch.log(stats["ref_sum"])
-    kl = stats["ref_moment"] / (stats["sum"] * temperature) - log_sum + ref_log_sum
+    kl = stats["ref_moment"] / stats["sum"] - log_sum + ref_log_sum
     return logp, entropy, kl, (stats["ref_target"] - stats["ref_max"]) / temperature - ref_log_sum
 
 
@@ -115,21 +119,23 @@ def finish_statistics(stats, temperature):
 def slice_gradient(x_nc, y_nc, target_n, first_column, max_n, log_sum_n, ref_max_n, weights, temperature):
     """d(loss)/dx [n, c] in fp32 from the upstream gradients of logp, entropy and KL.
 
-    One expression serves all three (d = x - m, dy = y - n):  with  b = g_logp + g_H (H - ln s) + g_KL (KL + ln s - ln z)
-        dx_j = [ g_logp 1[j=a] - p_j ( b + g_H d_j/T - g_KL (d_j - dy_j)/T ) ] / T
+    One expression serves all three, with z = (x - m)/T and z_ref likewise, b = g_logp + g_H (H - ln s) + g_KL (KL + ln s - ln s_ref):
+        dx_j = [ g_logp 1[j=a] - p_j ( b + g_H z_j - g_KL (z_j - z_ref_j) ) ] / T
     `weights` is (g_logp, g_H, g_KL, b), each [n].
     """
-    g_logp, g_entropy, g_kl, b = (w[:, None] for w in weights)
-    d_nc = (x_nc.float() - max_n[:, None]).clamp_min(LOWEST)
-    p_nc = torch.exp(d_nc / temperature - log_sum_n[:, None])
-    inner = b + g_entropy * d_nc / temperature
+    g_logp, g_entropy, g_kl, b = weights
+    z_nc = differences(x_nc, max_n, temperature)
+    p_nc = (z_nc - log_sum_n[:, None]).exp_()
+    inner = b[:, None]
+    if g_entropy.any():
+        inner = inner + g_entropy[:, None] * z_nc
     if y_nc is not None:
-        inner = inner - g_kl * (d_nc - (y_nc.float() - ref_max_n[:, None]).clamp_min(LOWEST)) / temperature
-    dx_nc = -p_nc * inner
+        inner = inner - g_kl[:, None] * (z_nc - differences(y_nc, ref_max_n, temperature))
+    dx_nc = p_nc.mul_(-inner / temperature)
     column_n = target_n - first_column
     rows = ((column_n >= 0) & (column_n < x_nc.shape[1])).nonzero()[:, 0]
-    dx_nc[rows, column_n[rows]] += g_logp[rows, 0]
-    return dx_nc / temperature
+    dx_nc[rows, column_n[rows]] += g_logp[rows] / temperature
+    return dx_nc
 
 
 # ----- 3. Both levels as one autograd function -----

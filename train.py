@@ -421,11 +421,11 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
     models = make_models(policy.eval(), config)  # eval mode throughout: dropout would make old and new log-probs differ
 
     def evaluation(step):
-        """Greedy on the held-out sample; at the first and last step also sampled, on held-out and training questions."""
+        """Greedy on the held-out sample; in the tiny world the first and last also sampled, and on training questions."""
         began = time.perf_counter()
         metrics, rollouts = evaluate(policy, tokenizer, held_out, search, settings)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
-        if step in (0, config.steps):
+        if step in (0, config.steps) and not config.model:
             generator = torch.Generator(device).manual_seed(step)
             for name, questions in (("eval", held_out), ("train", train_sample)):
                 sampled, _ = evaluate(policy, tokenizer, questions, search, settings, config.temperature, generator)
@@ -522,11 +522,10 @@ def stop_at_step_end():
 
 def describe(metrics):
     """An evaluation's metrics -> one line."""
-    line = f"held-out EM {metrics['eval/em']:.3f} greedy, {metrics['eval/sampled_em']:.3f} sampled"
-    if "eval/em_1hop" in metrics:
-        pair = lambda name: f"{metrics[name + '_1hop']:.3f} / {metrics[name + '_2hop']:.3f}"
-        line += f"; one hop / two hops {pair('eval/em')} greedy, {pair('eval/sampled_em')} sampled, {pair('eval/searches')} searches"
-    return line
+    if "eval/em_1hop" not in metrics:
+        return f"held-out EM {metrics['eval/em']:.3f}, F1 {metrics['eval/f1']:.3f} (greedy), {metrics['eval/searches']:.2f} searches"
+    pair = lambda name: f"{metrics[name + '_1hop']:.3f} / {metrics[name + '_2hop']:.3f}"
+    return f"held-out EM, one hop / two hops: {pair('eval/em')} greedy, {pair('eval/sampled_em')} sampled, {metrics['eval/sampled_em']:.3f} sampled in all; searches {pair('eval/searches')}"
 
 
 # Measured at ten seeds and worlds (LOG.md); at these settings a run that ends lower is worth a look.
