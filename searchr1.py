@@ -39,7 +39,7 @@ import functools
 import re
 import string
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 
@@ -166,7 +166,7 @@ class RaggedCache:
         for store, new in zip(self.layers[layer], (keys, values)):
             if store.shape[2] < self.width:
                 # Zeros, not empty memory: a masked NaN times an attention weight of 0 is still NaN.
-                room = new.new_zeros(len(store), heads, self.width + 64 - store.shape[2], d)
+                room = new.new_zeros(len(store), heads, self.width + 16 - store.shape[2], d)
                 store = torch.cat([store, room], dim=2)
             store[rows_n1, :, self.positions_nT] = new.transpose(1, 2)
             kept.append(store)
@@ -180,7 +180,7 @@ class RaggedCache:
         """New row i = old row rows[i]: fans a prompt out to its group, drops finished rows, gathers the live ones."""
         index = torch.tensor(rows, device=self.lengths.device)
         self.lengths = self.lengths[index]
-        self.layers = [tuple(store[index] for store in layer) for layer in self.layers]
+        self.layers = [tuple(store.index_select(0, index) for store in layer) for layer in self.layers]
 
 
 def feed(policy, cache, ids_nT, counts_n):
@@ -484,8 +484,8 @@ class Batch:
     def rows(self, index):
         """The rows in `index` (long tensor) as a Batch of their own, cut to the longest of them."""
         L = int(self.lengths_B[index].max())
-        cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: None if x is None else x[index] if name == "lengths_B" else x[index, : L if name == "ids_BL" else L - 1] for name, x in cut.items()})
+        cut = lambda name, x: x[index] if name.endswith("_B") else x[index, : L if name.endswith("_BL") else L - 1]
+        return Batch(**{name: None if x is None else cut(name, x) for name, x in vars(self).items()})
 
 
 def collate(rollouts, device="cpu", mask_retrieved=True):
@@ -559,7 +559,7 @@ def rewards_at_end(rewards_B, mask_BT):
     B, T = mask_BT.shape
     last_B = T - 1 - mask_BT.flip(1).float().argmax(1)
     rewards_BT = torch.zeros(B, T, device=mask_BT.device)
-    rewards_BT[torch.arange(B), last_B] = rewards_B
+    rewards_BT[torch.arange(B, device=mask_BT.device), last_B] = rewards_B
     return rewards_BT * mask_BT
 
 
