@@ -3,9 +3,9 @@
 Decoding is greedy unless asked otherwise [the official script asks for greedy and loses the flag on the way], every
 question counts (the official loader drops the last, incomplete batch), one-hop and two-hop questions are told apart.
 
-    evaluate        rollouts over a list of questions -> exact match, F1, searches, ...
-    plot_runs       metrics.jsonl of one or several runs -> one picture
-    ask             one conversation, in colour
+    evaluate                 rollouts over a list of questions -> exact match, F1, searches, ...
+    read_runs, plot_runs     metrics.jsonl of one or several runs -> one picture
+    ask                      one conversation, in colour
 
     python eval.py --checkpoint outputs/run-1/checkpoint-100                 all held-out questions of its world
     python eval.py --checkpoint outputs/run-1/checkpoint-100 --ask "who is the mayor of bodaton?"
@@ -13,6 +13,7 @@ question counts (the official loader drops the last, incomplete batch), one-hop 
 """
 
 import argparse
+import csv
 import json
 import random
 import sys
@@ -162,12 +163,19 @@ CURVES = [
 ]
 
 
-def read_metrics(run):
-    """metrics.jsonl of a run's folder -> list of dicts."""
-    file = Path(run) / "metrics.jsonl"
-    if not file.exists():
-        raise Mistake(f"{run} is not the folder of a run: it has no metrics.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def read_runs(paths):
+    """Folders of runs, or CSV files that --plot wrote -> {name of the run: its records, dicts with a step}."""
+    runs = {}
+    for path in map(Path, paths):
+        if path.suffix == ".csv" and path.exists():
+            with open(path, newline="") as file:
+                for row in csv.DictReader(file):
+                    runs.setdefault(row["run"], []).append({"step": int(row["step"]), row["metric"]: float(row["value"])})
+        elif (path / "metrics.jsonl").exists():
+            runs[path.name] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        else:
+            raise Mistake(f"{path} is not the folder of a run: it has no metrics.jsonl")
+    return runs
 
 
 def plot_runs(runs, path):
@@ -179,21 +187,31 @@ def plot_runs(runs, path):
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for (title, names, unit), axis in zip(CURVES, axes.flat):
-        for number, run in enumerate(runs):
-            records = read_metrics(run)
+        for colour, (run, records) in enumerate(runs.items()):
             present = [name for name in names if any(name in r for r in records)]
             if any("hop" in name for name in present):
                 present = [name for name in present if "hop" in name]
-            for style, name in zip(["-", "--", ":"], present):
-                label = " ".join(([Path(run).name] if len(runs) > 1 else []) + [f"{h[0]} hop" for h in [name[-4:]] if h[1:] == "hop"])
+            for style, name in zip(["-", "--"], present):
+                hops = f"{name[-4]} hop" if name.endswith("hop") else ""
+                label = f"{run if len(runs) > 1 else ''} {hops}".strip()
                 points = [(r["step"], r[name]) for r in records if name in r]
-                axis.plot(*zip(*points), style, color=f"C{number}", label=label or None, marker="." if name.startswith("eval") else None)
+                axis.plot(*zip(*points), style, color=f"C{colour}", label=label or None, marker="." if name.startswith("eval") else None)
         axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def write_points(runs, path):
+    """The points of plot_runs as CSV: run, step, metric, value. --plot draws such a file again."""
+    names = [name for _, group, _ in CURVES for name in group]
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["run", "step", "metric", "value"])
+        rows.writerows([run, r["step"], name, f"{r[name]:.6g}"] for run, records in runs.items() for r in records for name in names if name in r)
 
 
 # ----- 4. One conversation -----
@@ -217,12 +235,14 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--ask", metavar="QUESTION", help="print one conversation instead")
     parser.add_argument("--json", help="write metrics and one record a question to this file")
-    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs into one picture")
-    parser.add_argument("--output", default="curves.png", help="where --plot writes (default: curves.png)")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs (folders, or CSV files of an earlier --plot) into one picture")
+    parser.add_argument("--output", default="curves.png", help="the picture that --plot writes, with its points as CSV beside it (default: curves.png)")
     args = parser.parse_args(argv)
     if args.plot:
-        plot_runs(args.plot, args.output)
-        print(f"wrote {args.output}")
+        runs, points = read_runs(args.plot), Path(args.output).with_suffix(".csv")
+        plot_runs(runs, args.output)
+        write_points(runs, points)
+        print(f"wrote {args.output} and {points}")
         return 0
     if not args.checkpoint:
         raise Mistake("give --checkpoint DIR (a folder that train.py wrote) or --plot RUN")

@@ -166,7 +166,7 @@ class RaggedCache:
         for store, new in zip(self.layers[layer], (keys, values)):
             if store.shape[2] < self.width:
                 # Zeros, not empty memory: a masked NaN times an attention weight of 0 is still NaN.
-                room = new.new_zeros(len(store), heads, self.width + 16 - store.shape[2], d)
+                room = new.new_zeros(len(store), heads, self.width + self.width // 8 + 16 - store.shape[2], d)
                 store = torch.cat([store, room], dim=2)
             store[rows_n1, :, self.positions_nT] = new.transpose(1, 2)
             kept.append(store)

@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from eval import INVALID_MESSAGES, SETTINGS, Mistake, Parser, evaluate, fixed_sample, load_checkpoint, plot_runs, run_main, task
+from eval import INVALID_MESSAGES, SETTINGS, Mistake, Parser, evaluate, fixed_sample, load_checkpoint, plot_runs, read_runs, run_main, task
 from searchr1 import (
     Critic, collate, format_reward, gae, group_advantages, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
     token_logprobs, token_mean, transcript, value_loss, whiten,
@@ -434,6 +434,8 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
 
     if config.resume:
         start = restore(out, models)
+        if start >= config.steps:
+            raise Mistake(f"{out} has all its {config.steps} steps; --steps N with a larger N goes on")
     else:
         start = 0
         out.mkdir(parents=True, exist_ok=True)
@@ -494,8 +496,6 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
                 bar.close()
                 print(f"stopped after step {step} and saved; continue with: python train.py --resume {out}")
                 sys.exit(130)
-    if start >= config.steps:
-        raise Mistake(f"{out} has all its {config.steps} steps; --steps N with a larger N goes on")
     append_line(out / "samples.jsonl", sample_record(config.steps, held_out[-1], after[-1], tokenizer))
 
 
@@ -557,7 +557,7 @@ def main(argv=None):
     config = parse_config(sys.argv[1:] if argv is None else argv)
     print("config: " + ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
     train(config, *load_run(config))
-    plot_runs([config.output_dir], Path(config.output_dir) / "curves.png")
+    plot_runs(read_runs([config.output_dir]), Path(config.output_dir) / "curves.png")
     report(config)
 
 

@@ -87,14 +87,18 @@ def test_a_checkpoint_alone_is_evaluated_on_the_held_out_questions(checkpoint, c
 
 
 def test_curves_of_several_runs_go_into_one_picture(tmp_path):
-    """Claim: --plot draws runs with and without hops, of different length, into a PNG.
-    Fails if: plot_runs indexes a metric that a run does not have.
+    """Claim: --plot draws runs with and without hops, of different length, into a PNG, and writes the points beside it,
+    from which the same picture can be drawn again.
+    Fails if: plot_runs indexes a metric that a run does not have, or write_points drops the run's name.
     """
     for name, records in (("a", [{"step": 0, "eval/em_1hop": 0.1, "eval/em_2hop": 0.0}, {"step": 1, "reward/mean": 0.5, "kl": 0.1}]), ("b", [{"step": 0, "eval/em": 0.3}])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     evaluation.main(["--plot", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "c.png")])
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "c.png").stat().st_size > 20000
+    evaluation.main(["--plot", str(tmp_path / "c.csv"), "--output", str(tmp_path / "d.png")])
+    assert (tmp_path / "d.csv").read_text() == (tmp_path / "c.csv").read_text() != ""
+    assert (tmp_path / "d.png").read_bytes() == (tmp_path / "c.png").read_bytes()
 
 
 @pytest.mark.parametrize(
