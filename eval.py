@@ -139,14 +139,19 @@ def load_settings(checkpoint, top_k=None):
     return saved | ({"top_k": top_k} if top_k else {})
 
 
+def read_file(load, path):
+    """load(path), with a file that cannot be opened turned into a Mistake."""
+    try:
+        return load(path)
+    except OSError as error:
+        raise Mistake(f"cannot read {path}: {error.strerror}") from None
+
+
 def task(world_seed, corpus=None, questions=None):
     """-> (held-out questions, search engine, World or None): the tiny world, or files given by path."""
-    try:
-        if corpus:
-            engine = build_index(load_passages(corpus))
-            return (data.load_questions(questions) if questions else []), engine, None
-    except OSError as error:
-        raise Mistake(f"cannot read {error.filename}: {error.strerror}") from None
+    if corpus:
+        asked = read_file(data.load_questions, questions) if questions else []
+        return asked, build_index(read_file(load_passages, corpus)), None
     world = data.make_world(world_seed)
     return world.test, build_index(world.passages), world
 

@@ -25,12 +25,14 @@ Departures, besides those of searchr1.py:
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import random
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -38,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from eval import INVALID_MESSAGES, SETTINGS, Mistake, Parser, evaluate, fixed_sample, load_checkpoint, plot_runs, read_runs, run_main, task
+from eval import INVALID_MESSAGES, SETTINGS, Mistake, Parser, evaluate, fixed_sample, load_checkpoint, plot_runs, read_file, read_runs, run_main, task
 from searchr1 import (
     Critic, collate, format_reward, gae, group_advantages, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
     token_logprobs, token_mean, transcript, value_loss, whiten,
@@ -156,6 +158,8 @@ def check_config(config):
         raise Mistake("--train-data and --corpus belong together: questions, and the passages that answer them")
     if config.model and not config.train_data:
         raise Mistake("--model needs --train-data FILE and --corpus FILE: the tiny world's words mean nothing to a real model")
+    if config.eval_data and not config.train_data:
+        raise Mistake("--eval-data needs --train-data: the tiny world brings its own held-out questions")
     if config.train_data and not config.model:
         raise Mistake("--train-data needs --model: the tiny base model knows the words of the tiny world only")
 
@@ -182,18 +186,21 @@ def load_run(config):
     if config.model:
         policy, tokenizer = load_checkpoint(config.model, device)
         questions, engine, _ = task(0, config.corpus, config.train_data)
-        held_out = min(100, max(1, len(questions) // 10))
-        held = task(0, config.corpus, config.eval_data)[0] if config.eval_data else questions[-held_out:]
-        questions = questions if config.eval_data else questions[:-held_out]
+        if config.eval_data:
+            held = read_file(data.load_questions, config.eval_data)
+        else:
+            count = min(100, max(1, len(questions) // 10))
+            questions, held = questions[:-count], questions[-count:]
         if len(questions) < config.batch_size:
             raise Mistake(f"{config.train_data} leaves {len(questions)} questions to train on and --batch-size is {config.batch_size}")
 
+        @functools.lru_cache(maxsize=2)
+        def order(epoch):
+            return random.Random(f"{config.seed} epoch {epoch}").sample(range(len(questions)), len(questions))
+
         def draw(step):  # every epoch its own order; a function of the step alone, so that a resumed run goes on as planned
-            drawn = []
-            for i in range((step - 1) * config.batch_size, step * config.batch_size):
-                epoch, at = divmod(i, len(questions))
-                drawn.append(questions[random.Random(f"{config.seed} epoch {epoch}").sample(range(len(questions)), len(questions))[at]])
-            return drawn
+            positions = range((step - 1) * config.batch_size, step * config.batch_size)
+            return [questions[order(i // len(questions))[i % len(questions)]] for i in positions]
     else:
         questions, engine, world = task(config.world_seed)
         held, questions = questions, world.train
@@ -245,26 +252,27 @@ def update(models, batch, step, config, rng):
     if batch.ref_logprobs_BT is None:  # KL in the loss: only now, and only for the rows that are trained
         batch.ref_logprobs_BT = score(lambda part: token_logprobs(models.reference, part.ids_BL, part.mask_BT, config.temperature)[0], batch, config.micro_batch_tokens)
     rate = learning_rate_factor(step, config)
-    trained = [(policy, models.optimizer, config.lr)] if not critic or step > config.critic_warmup_steps else []
+    train_policy = not critic or step > config.critic_warmup_steps  # a critic that knows nothing yet would only add noise
+    trained = [(policy, models.optimizer, config.lr)] if train_policy else []
     trained += [(critic, models.critic_optimizer, config.critic_lr)] if critic else []
     rows = list(range(len(batch.ids_BL)))
     rng.shuffle(rows)
     count = min(config.minibatches, len(rows))
-    sums = {"kl": 0.0, "entropy": 0.0, "clip_ratio": 0.0, "policy_loss": 0.0, "grad_norm": 0.0} | ({"value_loss": 0.0} if critic else {})
+    sums = Counter()
     for m in range(count):
         index = rows[m::count]
         tokens = batch.mask_BT[torch.tensor(index)].sum()  # the denominator, known before micro-batching
         for piece in micro_batches(batch, index, config.micro_batch_tokens):
             part = batch.rows(torch.tensor(piece))
             mask_BT, share = part.mask_BT, part.mask_BT.sum() / tokens
-            if trained[0][0] is policy:
+            if train_policy:
                 logprobs_BT, entropy_BT = token_logprobs(policy, part.ids_BL, mask_BT, config.temperature)
                 pg_loss, clipped = policy_loss(logprobs_BT, part.old_logprobs_BT, part.advantages_BT, mask_BT, config.clip_eps)
                 entropy, kl = token_mean(entropy_BT, mask_BT), token_mean(kl_k3(logprobs_BT, part.ref_logprobs_BT), mask_BT)
                 # [Eq. 3] + beta KL(pi || pi_ref): PLUS in a loss. With the wrong sign the policy is paid for running away.
                 loss = pg_loss + config.kl_coef * (config.kl_in == "loss") * kl - config.entropy_coef * entropy
                 (loss * share).backward()
-                for name, value in zip(("kl", "entropy", "clip_ratio", "policy_loss"), (kl, entropy, clipped, pg_loss)):
+                for name, value in {"kl": kl, "entropy": entropy, "clip_ratio": clipped, "policy_loss": pg_loss}.items():
                     sums[name] += (value * share).item() / count
             if critic:
                 v_loss = value_loss(critic(part.ids_BL), part.values_BT, part.returns_BT, mask_BT, config.value_clip)
@@ -272,11 +280,11 @@ def update(models, batch, step, config, rng):
                 sums["value_loss"] += (v_loss * share).item() / count
         for model, optimizer, lr in trained:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-            sums["grad_norm"] += (norm / count) * (model is policy)
+            sums["grad_norm" if model is policy else "critic_grad_norm"] += norm / count
             optimizer.param_groups[0]["lr"] = lr * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return sums
+    return dict(sums)
 
 
 def learning_rate_factor(step, config):
@@ -308,12 +316,12 @@ def make_models(policy, config):
     return Models(policy, reference, critic, adam(policy, config.lr), adam(critic, config.critic_lr) if critic else None)
 
 
-def rewards(rollouts, golds, config, generator):
+def rewards(rollouts, golds, config, rng):
     """Phase 3 [Eq. 4]: (rewards [B], exact match [B]), both fp32 on the CPU."""
     em_B = torch.tensor([outcome_reward(r.answer, gold) for r, gold in zip(rollouts, golds)])
     rewards_B = em_B if config.reward == "em" else torch.tensor([format_reward(r, gold) for r, gold in zip(rollouts, golds)])
     if config.shuffle_rewards:
-        rewards_B = rewards_B[torch.tensor(generator.sample(range(len(rewards_B)), len(rewards_B)))]
+        rewards_B = rewards_B[torch.tensor(rng.sample(range(len(rewards_B)), len(rewards_B)))]
     return rewards_B, em_B
 
 
@@ -326,7 +334,7 @@ def score_batch(models, batch, rewards_B, config):
     token_rewards_BT = rewards_at_end(rewards_B.to(batch.ids_BL.device), batch.mask_BT)
     if config.kl_in == "reward":  # [Eq. 1]  r - beta log(pi / pi_ref): k1, a token at a time, under the old policy
         batch.ref_logprobs_BT = score(under(models.reference), batch, budget)
-        token_rewards_BT = token_rewards_BT - config.kl_coef * kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT) * batch.mask_BT
+        token_rewards_BT = token_rewards_BT - config.kl_coef * kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT)  # 0 where masked
     if models.critic:
         batch.values_BT = score(lambda part: models.critic(part.ids_BL), batch, budget)
     return token_rewards_BT

@@ -48,7 +48,7 @@ def test_evaluation_is_greedy_and_the_flag_arrives(model, tokenizer, monkeypatch
     texts = []
     for seed, temperature in ((0, 0.0), (1, 0.0), (2, 1.0)):
         torch.manual_seed(seed)
-        _, rollouts = evaluation.evaluate(model, tokenizer, questions, lambda q, k: [[Passage("0", "t", "bako")]] * len(q), settings, temperature)
+        _, rollouts = evaluation.evaluate(model, tokenizer, questions, lambda q, k: [[Passage("0", "t", "kinake")]] * len(q), settings, temperature)
         texts.append([r.ids for r in rollouts])
     assert texts[0] == texts[1] != texts[2] and set(seen) == {0.0, 1.0}
 
@@ -82,11 +82,11 @@ def test_a_checkpoint_alone_is_evaluated_on_the_held_out_questions(checkpoint, c
     out = json.loads(Path("out.json").read_text())
     assert {r["question"] for r in out["records"]} == {q.question for q in evaluation.fixed_sample(world.test, 20)}
     assert out["metrics"]["em"] == pytest.approx(sum(r["em"] for r in out["records"]) / 20)
-    evaluation.main(["--checkpoint", "ck", "--ask", "who is bako?"])
+    evaluation.main(["--checkpoint", "ck", "--ask", "who is kinake?"])
     assert "searches, answer:" in capsys.readouterr().out
 
 
-def test_curves_of_several_runs_go_into_one_picture(tmp_path):
+def test_curves_of_several_runs_go_into_one_picture(tmp_path, monkeypatch):
     """Claim: --plot draws runs with and without hops, of different length, into a PNG, and writes the points beside it,
     from which the same picture can be drawn again.
     Fails if: plot_runs indexes a metric that a run does not have, or write_points drops the run's name.
@@ -94,7 +94,10 @@ def test_curves_of_several_runs_go_into_one_picture(tmp_path):
     for name, records in (("a", [{"step": 0, "eval/em_1hop": 0.1, "eval/em_2hop": 0.0}, {"step": 1, "reward/mean": 0.5, "kl": 0.1}]), ("b", [{"step": 0, "eval/em": 0.3}])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
     evaluation.main(["--plot", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "c.png")])
+    assert [len(axis.lines) for axis in figures[0].axes] == [3, 1, 0, 0, 1, 0]
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "c.png").stat().st_size > 20000
     evaluation.main(["--plot", str(tmp_path / "c.csv"), "--output", str(tmp_path / "d.png")])
     assert (tmp_path / "d.csv").read_text() == (tmp_path / "c.csv").read_text() != ""
@@ -107,6 +110,7 @@ def test_curves_of_several_runs_go_into_one_picture(tmp_path):
         ([], "give --checkpoint DIR"),
         (["--checkpoint", "nowhere"], "no causal LM"),
         (["--checkpoint", "."], "holds no model"),
+        (["--checkpoint", "odd"], "no causal LM"),
         (["--checkpoint", "ck", "--data", "q.jsonl"], "--corpus"),
         (["--checkpoint", "ck", "--data", "gone.jsonl", "--corpus", "gone.jsonl"], "cannot read gone.jsonl"),
         (["--checkpoint", "ck", "--top-k", "0"], "--top-k 0"),
@@ -119,6 +123,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(checkpoint, capsys, flags, messag
     """Claim: as for train.py.
     Fails if: load_checkpoint lets transformers' error through.
     """
+    Path("odd").mkdir()
+    Path("odd/config.json").write_text('{"model_type": "odd"}')
     with pytest.raises(SystemExit) as stopped:
         evaluation.run_main(lambda: evaluation.main(flags))
     error = capsys.readouterr().err.strip()
@@ -140,4 +146,5 @@ def test_the_demonstration_runs(capsys):
     """
     searchr1.demo()
     out = capsys.readouterr().out
+    assert "1(Title: \"Ada Lovelace\")" in out and "1(Title: \"London\")" in out
     assert "2 searches" in out and "\033[2m" in out and "reward: 1.0" in out

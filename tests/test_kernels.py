@@ -124,6 +124,10 @@ def test_skipping_slices_stays_within_its_bound_and_tau_zero_is_lossless():
         fused_linear_logprob_kl(h, eye, target, chunk=V if tau is None else chunk, tau=tau or 0.0).logp.sum().backward()
         grads[tau] = h.grad
     torch.testing.assert_close(grads[0.0], grads[None], atol=1e-6, rtol=1e-5)
+    slices = torch.arange(V // chunk)
+    mass = torch.softmax(hidden.double(), -1).view(30, -1, chunk).sum(-1)
+    kept = (mass > 1e-3) | (slices == target[:, None] // chunk)  # by hand: the slices that may not be skipped, and no others
+    torch.testing.assert_close(grads[1e-3], grads[None] * kept.repeat_interleave(chunk, 1), atol=1e-6, rtol=1e-5)
     error = (grads[1e-3] - grads[None]).abs().sum(1)
     assert 1e-5 < error.max() <= 1e-3 * V / chunk  # something was skipped, and no more than stated
 

@@ -24,7 +24,7 @@ class Fixed:
 
 def test_the_flat_index_is_brute_force():
     """Claim: ids and order are those of a full sort of all inner products in float64, on random unit vectors.
-    Fails if: the index is built with METRIC_L2 on unnormalised vectors, or rows_K is read in reverse.
+    Fails if: rows_K is read in reverse, or encoded queries and their rows fall out of step.
     """
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((500, 64)).astype(np.float32)
@@ -39,7 +39,7 @@ def test_the_flat_index_is_brute_force():
 
 def test_the_tiny_worlds_engine_is_brute_force_and_ignores_the_order_of_passages(world, engine):
     """Claim: on the tiny world, too; and shuffled passages give the same answers.
-    Fails if: build_index encodes only the text and not the title for passages, or rows and passages fall out of step.
+    Fails if: build_index encodes only the text and not the title, or the index is METRIC_L2 on vectors without norm 1.
     """
     queries = [q.question for q in world.test[:200]]
     vectors = engine.encoder.encode([f"{p.title} {p.text}" for p in world.passages]).astype(np.float64)
@@ -55,11 +55,11 @@ def test_a_word_has_the_same_vector_in_every_process():
     """Claim: vectors depend on the text alone, not on PYTHONHASHSEED; they have norm 1.
     Fails if: blake2b is replaced by the built-in hash().
     """
-    code = "from retrieval import HashedEncoder as H; e = H(['bako lives in rimton', 'rimton']); print(e.encode(['bako rimton'])[0, :8].tolist())"
+    code = "from retrieval import HashedEncoder as H; e = H(['kinake lives in rimton', 'rimton']); print(e.encode(['kinake rimton'])[0, :8].tolist())"
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     outputs = {subprocess.run([sys.executable, "-c", code], cwd=here, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout for seed in "12"}
     assert len(outputs) == 1
-    vector = HashedEncoder(["bako lives in rimton", "rimton"]).encode(["bako rimton"])[0]
+    vector = HashedEncoder(["kinake lives in rimton", "rimton"]).encode(["kinake rimton"])[0]
     assert json.loads(outputs.pop()) == vector[:8].tolist() and abs(np.linalg.norm(vector) - 1) < 1e-6
 
 
@@ -93,6 +93,8 @@ def test_passages_are_read_as_the_official_corpus_has_them(tmp_path):
         (b"{broken", "not a JSON object"),
         (b"\xff\xfe{}", "not a JSON object"),
         (b"[1]", "needs"),
+        (b'["id"]', "needs"),
+        (b'{"contents": "T\\ntext"}', "needs"),
         (b'{"id": "1"}', "needs"),
         (b'{"id": "1", "contents": 5}', "needs"),
         (b'{"id": "1", "contents": "\\"T\\""}', "no text"),
@@ -108,3 +110,6 @@ def test_a_bad_passage_is_named_by_file_and_line(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as error:
         load_passages(file)
     assert f"{file} line 2" in str(error.value) and "\n" not in str(error.value)
+    file.write_bytes(b"\n")
+    with pytest.raises(ValueError, match="no passages"):
+        load_passages(file)

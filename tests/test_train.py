@@ -39,8 +39,8 @@ def metrics(folder):
 
 def a_batch(tokenizer, model, group_size=4):
     """Rollouts of a random model as a Batch with advantages from made-up rewards, reference log-probs and values."""
-    found = [Passage("0", "bako", "bako lives in bodaton.")]
-    rollouts = searchr1.rollout(model, tokenizer, ["who is bako?", "what is the city where bako was born?"], lambda q, k: [found] * len(q), group_size, 3, 12, 40, 200, temperature=1.0, invalid_message=searchr1.RETHINK, generator=torch.Generator().manual_seed(3))
+    found = [Passage("0", "kinake", "kinake lives in gugoton.")]
+    rollouts = searchr1.rollout(model, tokenizer, ["who is kinake?", "what is the city where kinake was born?"], lambda q, k: [found] * len(q), group_size, 3, 12, 40, 200, temperature=1.0, invalid_message=searchr1.RETHINK, generator=torch.Generator().manual_seed(3))
     batch = searchr1.collate(rollouts)
     rewards = torch.tensor([1.0, 0, 0, 0] * 2)
     batch.advantages_BT = searchr1.group_advantages(rewards, group_size)[:, None] * batch.mask_BT
@@ -89,7 +89,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer, model):
 
 def test_one_update_raises_the_logprob_of_the_rewarded_rollout(tokenizer, model):
     """Claim: after one small step, rollouts with reward 1 are more likely and the others, on the whole, less.
-    Fails if: policy_loss loses its minus sign, or rewards and rollouts fall out of step.
+    Fails if: policy_loss loses its minus sign, or group_advantages returns the groups in another order.
     """
     batch, rewards = a_batch(tokenizer, model)
     batch.ref_logprobs_BT = batch.old_logprobs_BT
@@ -119,7 +119,7 @@ def test_the_kl_loss_pulls_towards_the_reference(tokenizer, model):
 def test_kl_in_the_reward_is_k1_of_the_policys_tokens(tokenizer, model):
     """Claim: [Eq. 1, PPO] each token of the policy is charged beta (log pi - log pi_ref), the last one also gets the
     outcome; retrieved tokens get nothing.
-    Fails if: score_batch adds the penalty instead of subtracting it, or charges retrieved tokens.
+    Fails if: score_batch adds the penalty instead of subtracting it, or `under` scores all tokens and not the mask's.
     """
     reference = random_model(tokenizer, seed=1)
     batch, rewards = a_batch(tokenizer, model)
@@ -158,6 +158,17 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 # ----- Whole runs -----
+
+
+def test_every_rollout_is_paid_for_its_own_question(small_base, monkeypatch):
+    """Claim: in the loop, rollout i is scored against the gold answers of the question that it was asked.
+    Fails if: golds are repeated group by group in train() (`for q in questions for _ in range(...)` -> loops swapped).
+    """
+    asked, rewards = [], train.rewards
+    monkeypatch.setattr(train, "rewards", lambda rollouts, golds, *rest: asked.extend(zip(rollouts, golds)) or rewards(rollouts, golds, *rest))
+    train.main(SMALL + ["--steps", "1", "--output-dir", "run"])
+    gold = {q.question: q.golden_answers for q in data.make_world(0).train}
+    assert len(asked) == 24 and all(gold[r.question] == answers for r, answers in asked)
 
 
 def test_the_same_seed_gives_the_same_metrics_twice(small_base):
@@ -204,7 +215,7 @@ def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, cap
     assert metrics("stopped") == metrics("whole")
 
 
-@pytest.mark.parametrize("flags", [["--no-search"], ["--no-mask", "--kl-in", "reward"], ["--shuffle-rewards"], ["--recompute-old-logprobs"], ["--algo", "ppo", "--no-mask"], ["--group-size", "1"]])
+@pytest.mark.parametrize("flags", [["--no-search"], ["--no-mask", "--kl-in", "reward"], ["--shuffle-rewards"], ["--recompute-old-logprobs"], ["--algo", "ppo", "--critic-warmup-steps", "1", "--no-mask"], ["--group-size", "1"]])
 def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
     """Claim: config, metrics with the official names, samples, curves and a checkpoint that transformers loads; the
     first and the last line of the metrics carry an evaluation.
@@ -323,9 +334,11 @@ def test_resuming_takes_no_other_flags(small_base):
 
 def test_the_readmes_flags_exist():
     """Claim: every flag of a train.py or eval.py command in the README is one of the script's.
-    Fails if: a flag is renamed in one place only.
+    Fails if: a flag that the README uses is renamed in the script.
     """
     root = Path(__file__).parent.parent
-    for script, flags in re.findall(r"python (train|eval)\.py([^\n`|]*)", (root / "README.md").read_text()):
+    commands = re.findall(r"python (train|eval)\.py([^\n`|]*)", (root / "README.md").read_text())
+    assert {script for script, flags in commands if "--" in flags} == {"train", "eval"}
+    for script, flags in commands:
         for flag in re.findall(r"--[\w-]+", flags):
             assert f'"{flag}"' in (root / "eval.py").read_text() if script == "eval" else flag[2:].replace("-", "_") in {f.name for f in train.fields(train.Config)}, (script, flag)
