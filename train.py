@@ -110,7 +110,7 @@ class Config:
 # The tiny world's own values are the defaults above. "real" is the paper's recipe with a batch for one card.
 PRESETS = {
     "tiny": {},
-    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 60},
+    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 80, "two_hop_share": 0.7},
     "tiny/reinforce": {"batch_size": 240, "group_size": 1},
     "real": {
         "steps": 500, "batch_size": 8, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6, "critic_lr": 1e-5, "warmup_steps": 142,

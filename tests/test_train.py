@@ -25,10 +25,12 @@ SMALL = "--batch-size 6 --group-size 4 --eval-limit 6 --eval-every 2 --steps 2 -
 
 @pytest.fixture()
 def small_base(monkeypatch, tmp_path, tokenizer):
-    """A run in an empty folder, with a random model in place of the base model, that now and then answers something."""
+    """A run in an empty folder, with a random model in place of the base model, that now and then answers something, and
+    no time spent on pictures (the runs on files draw theirs)."""
     monkeypatch.chdir(tmp_path)
     model = random_model(tokenizer, loud=("<search>", "</search>", "<answer>", "</answer>"))
     monkeypatch.setattr(data, "base_model", lambda config, cache: (copy.deepcopy(model), tokenizer, "random"))
+    monkeypatch.setattr(train, "plot_runs", lambda runs, path: path.touch())
 
 
 def metrics(folder):
@@ -270,7 +272,7 @@ def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_forma
     assert samples[0]["prompt"].startswith("<|im_start|>user\nAnswer the given question.") and samples[0]["prompt"].endswith("?\n<|im_end|>\n<|im_start|>assistant\n")
     text = "".join(s["transcript"] for s in samples)
     assert '\n\n<information>Doc 1(Title: "Town B1") Town B1 lies on the river Number 1' in text and searchr1.INVALID_ACTION in text
-    assert json.loads(Path("run/config.json").read_text())["preset"] == "real"
+    assert json.loads(Path("run/config.json").read_text())["preset"] == "real" and Path("run/curves.png").stat().st_size > 20000
     AutoModelForCausalLM.from_pretrained("run/checkpoint-2")
     ids = AutoTokenizer.from_pretrained("run/checkpoint-2")(searchr1.TEMPLATE)["input_ids"]
     assert ids == AutoTokenizer.from_pretrained("model")(searchr1.TEMPLATE)["input_ids"]
