@@ -112,6 +112,19 @@ def format_information(passages):
 
 
 # ----- 3. The rollout (Algorithm 1) -----
+#
+# The paper's algorithm, its lines numbered here for the tags [Alg. 1 l. n] below:
+#    1  y <- empty, b <- 0
+#    2  while b < B:
+#    3      y_b <- empty
+#    4      repeat: sample y_t from pi(. | x, y, y_b), append it to y_b; until y_t ends </search>, </answer> or the sequence
+#    5      y <- y + y_b
+#    6      if y_b holds <search> q </search>:
+#    7          d <- R(q);  y <- y + <information> d </information>
+#    8      else if y_b holds <answer>: return y
+#    9      else: y <- y + "My action is not correct. Let me rethink."
+#   10      b <- b + 1
+#   11  return y
 
 
 @dataclass
@@ -148,6 +161,9 @@ class RaggedCache:
     Row r holds positions 0..lengths[r]-1 of its own conversation, left-aligned and without holes. What lies beyond
     (padding of a block, leftovers) is never visible, since a query at position p sees keys 0..p only, and is
     overwritten when the row grows. It stands in for a transformers Cache: the model calls `update`, nothing else.
+
+    PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
+    keys with new weights and nobody notices; so every call of rollout() begins with an empty one.
     """
 
     def __init__(self, rows, device):
@@ -243,7 +259,7 @@ def end_ids(policy, tokenizer):
 
 
 def write_turn(policy, tokenizer, cache, logits_nV, running, limit, temperature, generator):
-    """[Alg. 1 l. 5-9] Every running row samples tokens until `</search>`, `</answer>`, end of sequence or its limit.
+    """[Alg. 1 l. 3-5] Every running row samples tokens until `</search>`, `</answer>`, end of sequence or its limit.
 
     running: list of n Rollouts in the cache's row order; both are reordered together. Ids, log-probs and mask bits are
     appended to the rollouts; the last token of each turn is not in the cache yet. limit(rollout) -> ids it may hold.
@@ -323,7 +339,7 @@ def rollout(
     running = list(rollouts)  # in the order of the cache's rows
 
     last_turn = max_turns if do_search else 0
-    for turn in range(last_turn + 1):  # [Alg. 1 l. 3] while b < B, and one turn more
+    for turn in range(last_turn + 1):  # [Alg. 1 l. 2, 10] while b < B, and one turn more
         limit = lambda r: min(r.turn_start + max_new_tokens, max_length)
         write_turn(policy, tokenizer, cache, logits_nV, running, limit, temperature, generator)
 
@@ -333,14 +349,14 @@ def rollout(
             action = parse_action(text)
             r.turns.append(text)
             r.found.append(None)
-            if action.kind == "answer":  # [Alg. 1 l. 13-14] the final answer ends the episode
+            if action.kind == "answer":  # [Alg. 1 l. 8] the final answer ends the episode
                 r.answer, r.finished = extract_answer(text), True
             r.num_valid_actions += action.kind == "answer" or (action.kind == "search" and turn < last_turn)
             actions.append(action)
         if turn == last_turn:
-            break  # [Alg. 1 l. 18] the budget is spent; a search asked for here is not executed
+            break  # [Alg. 1 l. 11] the budget is spent; a search asked for here is not executed
 
-        # [Alg. 1 l. 10-12] d = R(q), for all rows that search in one call; order is kept.
+        # [Alg. 1 l. 6-7] d = R(q), for all rows that search in one call; order is kept.
         asking = [i for i, action in enumerate(actions) if action.kind == "search"]
         results = search([actions[i].content for i in asking], top_k) if asking else []
         if len(results) != len(asking):
@@ -356,7 +372,7 @@ def rollout(
             room = max_length - len(r.ids) - 1  # one token at least must be left for the policy
             if action.kind == "search":
                 block = observation_ids(tokenizer, format_information(r.found[-1]), min(max_obs_length, room), "</information>\n\n")
-            else:  # [Alg. 1 l. 15-16] neither search nor answer: the environment says so
+            else:  # [Alg. 1 l. 9] neither search nor answer: the environment says so
                 block = observation_ids(tokenizer, invalid_message, min(max_obs_length, room))
             if not block or len(block) > room:
                 continue  # [D5] the length budget is spent: the episode ends unfinished, the prompt stays
@@ -600,7 +616,7 @@ def group_advantages(rewards, group_size, normalize_std=True):
     """
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
-    rewards_QG = rewards.view(-1, group_size)
+    rewards_QG = rewards.float().view(-1, group_size)
     if group_size == 1:
         return rewards.clone()
     advantages_QG = rewards_QG - rewards_QG.mean(1, keepdim=True)

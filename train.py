@@ -206,9 +206,10 @@ def load_run(config):
         held, questions = questions, world.train
         oracle = data.oracle_exact_match(world, fixed_sample(held, 1000), engine.search, config.top_k)
         print(f"tiny world {config.world_seed}: {len(world.passages)} passages, {len(questions)} questions to train on, {len(held)} held out; a perfect policy would score {oracle:.2f}")
+        began = time.perf_counter()
         policy, tokenizer, folder = data.base_model(data.BaseConfig(seed=config.seed), "outputs")
         policy = policy.to(device)
-        print(f"base model: {sum(p.numel() for p in policy.parameters()):,} parameters, in {folder}")
+        print(f"base model: {sum(p.numel() for p in policy.parameters()):,} parameters, in {folder} ({time.perf_counter() - began:.0f} s)")
 
         def draw(step):  # two-hop questions are many at first, or the policy settles for one search
             share = config.two_hop_share + (0.5 - config.two_hop_share) * min(1.0, max(0.0, (step - 15) / 25))
