@@ -96,7 +96,8 @@ class Config:
     max_length: int = flag(256, "tokens of prompt and conversation together; the paper: 4096")
     top_k: int = flag(3, "passages a search; the paper: 3")
     invalid_message: str = flag("paper", "what an invalid turn is told: paper (Algorithm 1) or official (the code's longer text)")
-    two_hop_share: float = flag(0.8, "tiny world: share of two-hop questions up to step 15; falls to 0.5 at step 40")
+    two_hop_share: float = flag(0.8, "tiny world: share of two-hop questions up to step 15")
+    two_hop_share_end: float = flag(0.5, "tiny world: the same from step 40 on, linear in between")
 
     no_search: bool = flag(False, "the paper's R1: no search engine")
     no_mask: bool = flag(False, "the paper's ablation: train on retrieved tokens, too")
@@ -110,7 +111,7 @@ class Config:
 # The tiny world's own values are the defaults above. "real" is the paper's recipe with a batch for one card.
 PRESETS = {
     "tiny": {},
-    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 80, "two_hop_share": 0.7},
+    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 80, "two_hop_share_end": 0.35},
     "tiny/reinforce": {"batch_size": 240, "group_size": 1},
     "real": {
         "steps": 500, "batch_size": 8, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6, "critic_lr": 1e-5, "warmup_steps": 142,
@@ -212,7 +213,7 @@ def load_run(config):
         print(f"base model: {sum(p.numel() for p in policy.parameters()):,} parameters, in {folder} ({time.perf_counter() - began:.0f} s)")
 
         def draw(step):  # two-hop questions are many at first, or the policy settles for one search
-            share = config.two_hop_share + (0.5 - config.two_hop_share) * min(1.0, max(0.0, (step - 15) / 25))
+            share = config.two_hop_share + (config.two_hop_share_end - config.two_hop_share) * min(1.0, max(0.0, (step - 15) / 25))
             return data.draw_questions(questions, config.batch_size, share, random.Random(f"{config.seed} questions {step}"))
 
     return policy, tokenizer, engine.search, draw, fixed_sample(questions, config.eval_limit), fixed_sample(held, config.eval_limit)
@@ -357,15 +358,18 @@ def advantages(batch, token_rewards_BT, config):
     return batch.rows(kept) if len(kept) else batch
 
 
-def measure(rollouts, rewards_B, em_B, losses, config):
+def measure(questions, rollouts, rewards_B, em_B, losses, config):
     """Phase 7: the metrics of a step. Counts are means over all B rollouts; kl, entropy, clip_ratio over trained tokens."""
     mean = lambda values: sum(values) / len(rollouts)
+    em_Q = em_B.view(-1, config.group_size).mean(1).tolist()
+    kinds = {hops: [em for em, q in zip(em_Q, questions) if q.hops == hops] for hops in {q.hops for q in questions} - {0}}
     own, response = [sum(r.response_mask) for r in rollouts], [len(r.ids) - r.prompt_length for r in rollouts]
     return {
         "reward/mean": rewards_B.mean().item(),
         "reward/std": rewards_B.std(correction=0).item(),
         "reward/em": em_B.mean().item(),
         "frac_reward_zero_std": (rewards_B.view(-1, config.group_size).std(1, correction=0) == 0).float().mean().item(),
+        **{f"reward/em_{hops}hop": sum(ems) / len(ems) for hops, ems in sorted(kinds.items())},
         **losses,
         "response_length/mean": mean(response),
         "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
@@ -487,7 +491,7 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
 
             # Phase 7. Log.
             seconds = time.perf_counter() - began
-            record = {"step": step} | measure(rollouts, rewards_B, em_B, losses, config)
+            record = {"step": step} | measure(questions, rollouts, rewards_B, em_B, losses, config)
             record |= {"lr": config.lr * learning_rate_factor(step, config), "timing_s/rollout": rolled_out - began, "timing_s/update": began + seconds - rolled_out}
             record["tokens_per_s"] = sum(len(r.ids) for r in rollouts) / seconds
 
