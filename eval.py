@@ -34,6 +34,7 @@ transformers_logging.disable_progress_bar()
 # How a conversation runs; saved with every checkpoint (search_r1.json), since a policy trained on blocks of three
 # passages and fourteen tokens a turn is another policy with five and forty.
 SETTINGS = ("max_turns", "max_new_tokens", "max_obs_length", "max_length", "top_k", "do_search", "invalid_message")
+PAPER_SETTINGS = {"max_turns": 4, "max_new_tokens": 500, "max_obs_length": 500, "max_length": 4096, "top_k": 3, "do_search": True, "invalid_message": "official"}
 INVALID_MESSAGES = {"official": searchr1.INVALID_ACTION, "paper": searchr1.RETHINK}
 
 
@@ -132,11 +133,12 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
     return policy, tokenizer
 
 
-def load_settings(checkpoint, top_k=None):
-    """search_r1.json of a checkpoint, or the tiny world's defaults for a folder without one -> dict."""
+def load_settings(checkpoint, corpus=None, top_k=None):
+    """search_r1.json of a checkpoint -> dict; for a model without one the paper's values with a corpus, else the tiny
+    world's."""
     file = Path(checkpoint) / "search_r1.json"
-    saved = json.loads(file.read_text()) if file.exists() else data.TINY_SETTINGS | {"world_seed": 0, "corpus": None}
-    return saved | ({"top_k": top_k} if top_k else {})
+    default = (PAPER_SETTINGS if corpus else data.TINY_SETTINGS) | {"world_seed": 0, "corpus": None}
+    return (json.loads(file.read_text()) if file.exists() else default) | ({"top_k": top_k} if top_k else {})
 
 
 def read_file(load, path):
@@ -256,7 +258,7 @@ def main(argv=None):
     if args.top_k is not None and args.top_k < 1:
         raise Mistake(f"--top-k {args.top_k}: must be at least 1")
     policy, tokenizer = load_checkpoint(args.checkpoint)
-    saved = load_settings(args.checkpoint, args.top_k)
+    saved = load_settings(args.checkpoint, args.corpus, args.top_k)
     settings = {name: saved[name] for name in SETTINGS}
     corpus, file = (args.corpus or saved["corpus"], args.data) if args.world_seed is None else (None, None)
     if corpus and not (file or args.ask):

@@ -131,6 +131,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(checkpoint, capsys, flags, messag
     assert stopped.value.code == 2 and message in error and "\n" not in error
 
 
+def test_a_conversation_runs_as_the_checkpoint_was_trained(checkpoint):
+    """Claim: search_r1.json decides; without one the paper's settings where a corpus is given, else the tiny world's.
+    Fails if: load_settings prefers its defaults, or gives a real model fourteen tokens a turn.
+    """
+    assert evaluation.load_settings("ck")["max_new_tokens"] == 14 and evaluation.load_settings("ck", "passages.jsonl")["max_new_tokens"] == 500
+    Path("ck/search_r1.json").write_text(json.dumps(SETTINGS | {"world_seed": 5, "corpus": None}))
+    assert evaluation.load_settings("ck", "passages.jsonl", top_k=7) == SETTINGS | {"world_seed": 5, "corpus": None, "top_k": 7}
+
+
 def test_a_head_that_is_not_plain_is_refused(checkpoint, model, monkeypatch):
     """Claim: a model whose logits are not head(hidden) is refused, since rollout and trainer would be another policy.
     Fails if: load_checkpoint does not compare.
