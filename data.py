@@ -98,18 +98,48 @@ class Relation:
 
 
 def _of(name, subject, object):
-    return Relation(name, subject, object, (f"the {name} of {{x}}", f"the {name} belonging to {{x}}"), (f"the {name} of {{x}} is {{y}}.", f"{{y}} is the {name} of {{x}}."))
+    return Relation(
+        name,
+        subject,
+        object,
+        (f"the {name} of {{x}}", f"the {name} belonging to {{x}}"),
+        (f"the {name} of {{x}} is {{y}}.", f"{{y}} is the {name} of {{x}}."),
+    )
 
 
 RELATIONS = [
-    Relation("born", "person", "city", ("the city where {x} was born", "the place in which {x} was born"), ("{x} was born in {y}.", "{y} is the city where {x} was born.")),
-    Relation("lives", "person", "city", ("the city where {x} lives", "the place in which {x} lives"), ("{x} lives in {y}.", "{y} is the city where {x} lives.")),
-    Relation("works", "person", "company", ("the company where {x} works", "the company for which {x} works"), ("{x} works for {y}.", "{y} is the company where {x} works.")),
+    Relation(
+        "born",
+        "person",
+        "city",
+        ("the city where {x} was born", "the place in which {x} was born"),
+        ("{x} was born in {y}.", "{y} is the city where {x} was born."),
+    ),
+    Relation(
+        "lives",
+        "person",
+        "city",
+        ("the city where {x} lives", "the place in which {x} lives"),
+        ("{x} lives in {y}.", "{y} is the city where {x} lives."),
+    ),
+    Relation(
+        "works",
+        "person",
+        "company",
+        ("the company where {x} works", "the company for which {x} works"),
+        ("{x} works for {y}.", "{y} is the company where {x} works."),
+    ),
     _of("teacher", "person", "person"),
     _of("country", "city", "country"),
     _of("mayor", "city", "person"),
     _of("port", "city", "city"),
-    Relation("based", "company", "city", ("the city where {x} is based", "the place in which {x} is based"), ("{x} is based in {y}.", "{y} is the city where {x} is based.")),
+    Relation(
+        "based",
+        "company",
+        "city",
+        ("the city where {x} is based", "the place in which {x} is based"),
+        ("{x} is based in {y}.", "{y} is the city where {x} is based."),
+    ),
     _of("founder", "company", "person"),
     _of("supplier", "company", "company"),
     _of("capital", "country", "city"),
@@ -228,10 +258,20 @@ def oracle_exact_match(world, questions, search, top_k):
 
 # ----- 3. Its tokenizer -----
 
-TAGS = ["<question>", "</question>"] + [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
+TAGS = ["<question>", "</question>"] + [
+    f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")
+]
 THOUGHTS = ["i need to search", "not sure", "now i know", ""]
 # A conversation of the tiny world: at most three searches of three passages, fourteen tokens a turn.
-TINY_SETTINGS = {"max_turns": 3, "max_new_tokens": 14, "max_obs_length": 64, "max_length": 256, "top_k": 3, "do_search": True, "invalid_message": "paper"}
+TINY_SETTINGS = {
+    "max_turns": 3,
+    "max_new_tokens": 14,
+    "max_obs_length": 64,
+    "max_length": 256,
+    "top_k": 3,
+    "do_search": True,
+    "invalid_message": "paper",
+}
 RETHINK_WORDS = "my action is not correct. let me rethink."
 
 # The prompt is the official one [Table 1], 100 words of instructions that 0.4 M parameters cannot use. Every model has
@@ -248,14 +288,26 @@ def make_tokenizer():
     PITFALL: next to a Qwen2Config, AutoTokenizer silently builds a Qwen2 tokenizer instead.
     """
     templates = [t for r in RELATIONS for t in r.nouns + r.facts] + [o for pair in OPENERS.values() for o in pair]
-    words = sorted({w for text in templates + THOUGHTS + [RETHINK_WORDS] for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"{\w+}", "", text))} | {"doc"})
+    words = sorted(
+        {w for text in templates + THOUGHTS + [RETHINK_WORDS] for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"{\w+}", "", text))}
+        | {"doc"}
+    )
     names = [name for pool in NAMES.values() for name in pool]
     vocabulary = ["<eos>", "<unk>"] + words + names
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r'Doc \d+\(Title: "[^"]*"\)'), "doc"), normalizers.Lowercase()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r'Doc \d+\(Title: "[^"]*"\)'), "doc"), normalizers.Lowercase()]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>", chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 # ----- 4. What the base model is shown -----
@@ -336,7 +388,12 @@ def poor_episodes(questions, search, top_k, rng):
         searching = [e for e in episodes if e["searches"] > turn]
         queries = []
         for e in searching:
-            pairs = [(n, r) for n in e["mentioned"] for r in e["relations"] if RELATION[r].subject == KIND_OF[n] and (n, r) not in e["asked"]]
+            pairs = [
+                (n, r)
+                for n in e["mentioned"]
+                for r in e["relations"]
+                if RELATION[r].subject == KIND_OF[n] and (n, r) not in e["asked"]
+            ]
             if pairs and rng.random() > 0.1:
                 pair = rng.choice(pairs)
                 e["asked"].add(pair)
@@ -434,7 +491,11 @@ def train_base_model(config, progress=True):
         schedule.step()
         if reading:
             own = weights_BT == 1.0
-            names = own & (targets_BT != tokenizer.convert_tokens_to_ids("<answer>")) & (targets_BT != tokenizer.convert_tokens_to_ids("</answer>"))
+            names = (
+                own
+                & (targets_BT != tokenizer.convert_tokens_to_ids("<answer>"))
+                & (targets_BT != tokenizer.convert_tokens_to_ids("</answer>"))
+            )
             right = (logits_BTV.argmax(-1) == targets_BT)[names].float().mean().item()
             accuracy += 0.2 * (right - accuracy)
             if accuracy > 0.8 and level < 3:
@@ -471,9 +532,13 @@ def main():
     seed = parser.parse_args().world_seed
     world, rng = make_world(seed), random.Random(seed)
     engine = build_index(world.passages)
-    print(f"world {seed}: {len(world.passages)} passages, {len(world.train)} training and {len(world.test)} test questions, {len(make_tokenizer())} tokens")
+    print(
+        f"world {seed}: {len(world.passages)} passages, {len(world.train)} training and {len(world.test)} test questions, {len(make_tokenizer())} tokens"
+    )
     for top_k in (1, 3, 5):
-        print(f"a perfect policy with {top_k} passages a search would score {oracle_exact_match(world, world.test, engine.search, top_k):.4f}")
+        print(
+            f"a perfect policy with {top_k} passages a search would score {oracle_exact_match(world, world.test, engine.search, top_k):.4f}"
+        )
     for question in rng.sample([q for q in world.test if q.hops == 2], 3):
         print(f"\n{question.question}   -> {question.golden_answers[0]}   path: {' > '.join(question.path)}")
         for passage in engine.search([question.question], 3)[0]:

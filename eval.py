@@ -27,14 +27,22 @@ from transformers.utils import logging as transformers_logging
 import data
 import searchr1
 from retrieval import build_index, load_passages
-from searchr1 import check_format, exact_match, f1_score, outcome_reward, policy_view, rollout, transcript
+from searchr1 import check_format, f1_score, outcome_reward, policy_view, rollout, transcript
 
 transformers_logging.disable_progress_bar()
 
 # How a conversation runs; saved with every checkpoint (search_r1.json), since a policy trained on blocks of three
 # passages and fourteen tokens a turn is another policy with five and forty.
 SETTINGS = ("max_turns", "max_new_tokens", "max_obs_length", "max_length", "top_k", "do_search", "invalid_message")
-PAPER_SETTINGS = {"max_turns": 4, "max_new_tokens": 500, "max_obs_length": 500, "max_length": 4096, "top_k": 3, "do_search": True, "invalid_message": "official"}
+PAPER_SETTINGS = {
+    "max_turns": 4,
+    "max_new_tokens": 500,
+    "max_obs_length": 500,
+    "max_length": 4096,
+    "top_k": 3,
+    "do_search": True,
+    "invalid_message": "official",
+}
 INVALID_MESSAGES = {"official": searchr1.INVALID_ACTION, "paper": searchr1.RETHINK}
 
 
@@ -72,7 +80,9 @@ def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, ge
     bar = tqdm(range(0, len(questions), batch_size), desc="evaluate", disable=not progress)
     for at in bar:
         part = questions[at : at + batch_size]
-        rollouts += rollout(policy, tokenizer, [q.question for q in part], search, temperature=temperature, generator=generator, **settings)
+        rollouts += rollout(
+            policy, tokenizer, [q.question for q in part], search, temperature=temperature, generator=generator, **settings
+        )
         right += sum(outcome_reward(r.answer, q.golden_answers) for r, q in zip(rollouts[at:], part))
         bar.set_postfix_str(f"EM {right / len(rollouts):.3f}")
 
@@ -202,7 +212,9 @@ def plot_runs(runs, path):
                 hops = f"{name[-4]} hop" if name.endswith("hop") else ""
                 label = f"{run if len(runs) > 1 else ''} {hops}".strip()
                 points = [(r["step"], r[name]) for r in records if name in r]
-                axis.plot(*zip(*points), style, color=f"C{colour}", label=label or None, marker="." if name.startswith("eval") else None)
+                axis.plot(
+                    *zip(*points), style, color=f"C{colour}", label=label or None, marker="." if name.startswith("eval") else None
+                )
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -218,7 +230,13 @@ def write_points(runs, path):
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["run", "step", "metric", "value"])
-        rows.writerows([run, r["step"], name, f"{r[name]:.6g}"] for run, records in runs.items() for r in records for name in names if name in r)
+        rows.writerows(
+            [run, r["step"], name, f"{r[name]:.6g}"]
+            for run, records in runs.items()
+            for r in records
+            for name in names
+            if name in r
+        )
 
 
 # ----- 4. One conversation -----
@@ -234,7 +252,9 @@ def ask(policy, tokenizer, question, search, settings):
 def main(argv=None):
     parser = Parser(description="Evaluate a checkpoint of Search-R1, talk to it, or draw the curves of runs.")
     parser.add_argument("--checkpoint", help="folder of a checkpoint (or a hub id)")
-    parser.add_argument("--data", help="question file (JSON lines: id, question, golden_answers); default: the tiny world's held-out questions")
+    parser.add_argument(
+        "--data", help="question file (JSON lines: id, question, golden_answers); default: the tiny world's held-out questions"
+    )
     parser.add_argument("--corpus", help="passage file (JSON lines: id, contents); default: what the checkpoint was trained with")
     parser.add_argument("--world-seed", type=int, help="another tiny world than the checkpoint's")
     parser.add_argument("--limit", type=int, default=0, help="a fixed sample of N questions (default: all)")
@@ -242,8 +262,17 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--ask", metavar="QUESTION", help="print one conversation instead")
     parser.add_argument("--json", help="write metrics and one record a question to this file")
-    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these runs (folders, or CSV files of an earlier --plot) into one picture")
-    parser.add_argument("--output", default="curves.png", help="the picture that --plot writes, with its points as CSV beside it (default: curves.png)")
+    parser.add_argument(
+        "--plot",
+        nargs="+",
+        metavar="RUN",
+        help="draw the curves of these runs (folders, or CSV files of an earlier --plot) into one picture",
+    )
+    parser.add_argument(
+        "--output",
+        default="curves.png",
+        help="the picture that --plot writes, with its points as CSV beside it (default: curves.png)",
+    )
     args = parser.parse_args(argv)
     if args.plot:
         runs, points = read_runs(args.plot), Path(args.output).with_suffix(".csv")

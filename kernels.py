@@ -165,7 +165,9 @@ class _RowsToLogprob(torch.autograd.Function):
         # Probability mass of each slice, [slices, n]: what the backward pass may skip.
         mass = torch.stack(sums) * torch.exp((torch.stack(maxima) - stats["max"]) / temperature) / stats["sum"]
         ref_max, ref_sum = (stats["ref_max"], stats["ref_sum"]) if ref_rows is not None else (None, None)
-        ctx.save_for_backward(rows, weight, ref_rows, ref_weight, target_n, mass, stats["max"], stats["sum"], ref_max, ref_sum, outputs[1], outputs[2])
+        ctx.save_for_backward(
+            rows, weight, ref_rows, ref_weight, target_n, mass, stats["max"], stats["sum"], ref_max, ref_sum, outputs[1], outputs[2]
+        )
         ctx.temperature, ctx.chunk, ctx.tau, ctx.slices = temperature, chunk, tau, slices
         ctx.mark_non_differentiable(outputs[3])
         return outputs
@@ -186,7 +188,9 @@ class _RowsToLogprob(torch.autograd.Function):
             pick = lambda t: None if t is None else t[live]
             x_nc, y_nc = _logits(rows[live], weight, v, ctx.chunk), _logits(pick(ref_rows), ref_weight, v, ctx.chunk)
             weights = (g_logp[live], g_entropy[live], g_kl[live], b[live])
-            dx_nc = slice_gradient(x_nc, y_nc, target_n[live], v, max_n[live], log_sum_n[live], pick(ref_max), weights, ctx.temperature)
+            dx_nc = slice_gradient(
+                x_nc, y_nc, target_n[live], v, max_n[live], log_sum_n[live], pick(ref_max), weights, ctx.temperature
+            )
             if weight is None:
                 d_rows[live, v : v + ctx.chunk] = dx_nc
                 continue
@@ -241,7 +245,9 @@ def fused_logprob_kl(logits, target, mask=None, ref_logits=None, temperature=1.0
     return _run(logits, None, ref_logits, None, target, mask, temperature, None, 0.0, impl)
 
 
-def fused_linear_logprob_kl(hidden, weight, target, mask=None, ref_hidden=None, ref_weight=None, temperature=1.0, chunk=None, tau=0.0, impl="auto"):
+def fused_linear_logprob_kl(
+    hidden, weight, target, mask=None, ref_hidden=None, ref_weight=None, temperature=1.0, chunk=None, tau=0.0, impl="auto"
+):
     """The same four numbers from hidden states [..., D] and the lm_head's weight [V, D]; logits never exist as a whole.
 
     ref_hidden, ref_weight   of the frozen reference, both or neither; costs one more product per slice

@@ -140,7 +140,10 @@ class SearchEngine:
         query_SE = self.encoder.encode(asked)
         _, rows_SK = self.index.search(query_SE, min(top_k, len(self.passages)))
         # PITFALL: FAISS answers -1 where it found fewer than K, and passages[-1] is silently the last passage.
-        found = {q: [self.passages[row] for row in rows_K if row >= 0] if query_E.any() else [] for q, query_E, rows_K in zip(asked, query_SE, rows_SK)}
+        found = {
+            q: [self.passages[row] for row in rows_K if row >= 0] if query_E.any() else []
+            for q, query_E, rows_K in zip(asked, query_SE, rows_SK)
+        }
         return [list(found[q]) for q in queries]
 
 

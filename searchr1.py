@@ -211,8 +211,12 @@ def feed(policy, cache, ids_nT, counts_n):
     cache.positions_nT = start_n[:, None] + torch.arange(T, device=device)
     cache.width = int(start_n.max()) + T
     visible_nTw = torch.arange(cache.width, device=device) <= cache.positions_nT[:, :, None]
-    bias_n1Tw = torch.zeros(visible_nTw.shape, dtype=policy.dtype, device=device).masked_fill_(~visible_nTw, torch.finfo(policy.dtype).min)[:, None]
-    hidden_nTD = policy.base_model(input_ids=ids_nT, attention_mask=bias_n1Tw, position_ids=cache.positions_nT, past_key_values=cache, use_cache=True).last_hidden_state
+    bias_n1Tw = torch.zeros(visible_nTw.shape, dtype=policy.dtype, device=device).masked_fill_(
+        ~visible_nTw, torch.finfo(policy.dtype).min
+    )[:, None]
+    hidden_nTD = policy.base_model(
+        input_ids=ids_nT, attention_mask=bias_n1Tw, position_ids=cache.positions_nT, past_key_values=cache, use_cache=True
+    ).last_hidden_state
     cache.lengths[:n] += counts_n
     last_nD = hidden_nTD[torch.arange(n, device=device), (counts_n - 1).clamp_min(0)]
     return matmul_fp32(last_nD, policy.get_output_embeddings().weight.T)
@@ -232,7 +236,9 @@ def sample(logits_nV, temperature, generator=None):
     generate(do_sample=True) cuts to the 50 most likely tokens unless told otherwise.
     """
     logprobs_nV = torch.log_softmax(logits_nV / (temperature or 1.0), dim=-1)
-    ids_n1 = logprobs_nV.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(logprobs_nV.exp(), 1, generator=generator)
+    ids_n1 = (
+        logprobs_nV.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(logprobs_nV.exp(), 1, generator=generator)
+    )
     return ids_n1[:, 0], logprobs_nV.gather(1, ids_n1)[:, 0]
 
 
@@ -325,8 +331,14 @@ def rollout(
     prompts = [tokenizer(make_prompt(q, tokenizer, do_search), add_special_tokens=False)["input_ids"] for q in questions]
     for question, ids in zip(questions, prompts):
         if len(ids) >= max_length:
-            raise ValueError(f"the prompt of {question[:60]!r} has {len(ids)} tokens and max_length is {max_length}: raise --max-length")
-    rollouts = [Rollout(q, list(ids), [False] * len(ids), [0.0] * len(ids), len(ids)) for q, ids in zip(questions, prompts) for _ in range(group_size)]
+            raise ValueError(
+                f"the prompt of {question[:60]!r} has {len(ids)} tokens and max_length is {max_length}: raise --max-length"
+            )
+    rollouts = [
+        Rollout(q, list(ids), [False] * len(ids), [0.0] * len(ids), len(ids))
+        for q, ids in zip(questions, prompts)
+        for _ in range(group_size)
+    ]
     if not rollouts:
         return []
 
@@ -511,7 +523,9 @@ def collate(rollouts, device="cpu", mask_retrieved=True):
     Padding is whatever id 0 is: it stands to the right, where causal attention never looks, and is masked. PITFALL:
     deriving the mask from `id != pad` would lose genuine tokens wherever pad = eos.
     """
-    pad = lambda rows, dtype: torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True).to(device)
+    pad = lambda rows, dtype: torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row, dtype=dtype) for row in rows], batch_first=True
+    ).to(device)
     own = lambda r: r.response_mask if mask_retrieved else [i >= r.prompt_length for i in range(len(r.ids))]
     return Batch(
         pad([r.ids for r in rollouts], torch.long),
@@ -527,7 +541,9 @@ def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0):
     The lm_head runs over masked-in positions only. No attention mask is needed: rows are right-padded and causal.
     """
     hidden_BLD = policy.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    out = fused_linear_logprob_kl(hidden_BLD[:, :-1], policy.get_output_embeddings().weight, ids_BL[:, 1:], mask_BT, temperature=temperature)
+    out = fused_linear_logprob_kl(
+        hidden_BLD[:, :-1], policy.get_output_embeddings().weight, ids_BL[:, 1:], mask_BT, temperature=temperature
+    )
     return out.logp, out.entropy
 
 
@@ -665,7 +681,9 @@ def transcript(rollout, tokenizer, colour=False):
         if colour and not rollout.response_mask[start]:
             text = f"\033[2m{text}\033[0m"
         elif colour:
-            text = re.sub(r"<(think|search|answer)>.*?(</\1>|$)", lambda m: f"\033[{COLOURS[m[1]]}m{m[0]}\033[0m", text, flags=re.DOTALL)
+            text = re.sub(
+                r"<(think|search|answer)>.*?(</\1>|$)", lambda m: f"\033[{COLOURS[m[1]]}m{m[0]}\033[0m", text, flags=re.DOTALL
+            )
         parts.append(text)
         start = end
     return (" " if not any(p[-1:].isspace() for p in parts[:-1]) else "").join(parts)
@@ -752,9 +770,13 @@ def demo():
     print(make_prompt(question))
     print(transcript(r, tokenizer, colour=True))
     own = sum(r.response_mask)
-    print(f"\n{len(r.ids)} tokens (bytes, here): {r.prompt_length} of the prompt, {len(r.ids) - r.prompt_length - own} retrieved (dimmed, mask 0), {own} written by the policy (mask 1)")
+    print(
+        f"\n{len(r.ids)} tokens (bytes, here): {r.prompt_length} of the prompt, {len(r.ids) - r.prompt_length - own} retrieved (dimmed, mask 0), {own} written by the policy (mask 1)"
+    )
     print(f"{r.num_searches} searches: {r.searches}")
-    print(f"format: {check_format(policy_view(r))[0]}   answer: {r.answer!r}   reward: {outcome_reward(r.answer, ['River Thames'])}")
+    print(
+        f"format: {check_format(policy_view(r))[0]}   answer: {r.answer!r}   reward: {outcome_reward(r.answer, ['River Thames'])}"
+    )
 
 
 if __name__ == "__main__":

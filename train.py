@@ -40,7 +40,20 @@ import torch
 from tqdm import tqdm
 
 import data
-from eval import INVALID_MESSAGES, SETTINGS, Mistake, Parser, evaluate, fixed_sample, load_checkpoint, plot_runs, read_file, read_runs, run_main, task
+from eval import (
+    INVALID_MESSAGES,
+    SETTINGS,
+    Mistake,
+    Parser,
+    evaluate,
+    fixed_sample,
+    load_checkpoint,
+    plot_runs,
+    read_file,
+    read_runs,
+    run_main,
+    task,
+)
 from searchr1 import (
     Critic, collate, format_reward, gae, group_advantages, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
     token_logprobs, token_mean, transcript, value_loss, whiten,
@@ -121,8 +134,29 @@ PRESETS = {
     "real/ppo": {"batch_size": 40, "group_size": 1, "kl_in": "reward"},
     "real/reinforce": {"batch_size": 40, "group_size": 1},
 }  # fmt: skip
-CHOICES = {"preset": ("", "tiny", "real"), "algo": ("ppo", "grpo", "reinforce"), "kl_in": ("reward", "loss"), "reward": ("em", "format"), "invalid_message": tuple(INVALID_MESSAGES)}
-POSITIVE = ("steps", "batch_size", "group_size", "minibatches", "micro_batch_tokens", "lr", "critic_lr", "max_grad_norm", "temperature", "max_new_tokens", "max_obs_length", "max_length", "top_k", "eval_every")
+CHOICES = {
+    "preset": ("", "tiny", "real"),
+    "algo": ("ppo", "grpo", "reinforce"),
+    "kl_in": ("reward", "loss"),
+    "reward": ("em", "format"),
+    "invalid_message": tuple(INVALID_MESSAGES),
+}
+POSITIVE = (
+    "steps",
+    "batch_size",
+    "group_size",
+    "minibatches",
+    "micro_batch_tokens",
+    "lr",
+    "critic_lr",
+    "max_grad_norm",
+    "temperature",
+    "max_new_tokens",
+    "max_obs_length",
+    "max_length",
+    "top_k",
+    "eval_every",
+)
 
 
 def parse_config(argv):
@@ -144,7 +178,9 @@ def parse_config(argv):
         taken = [int(d.name[4:]) for d in Path("outputs").glob("run-*") if d.name[4:].isdigit()]
         config.output_dir = f"outputs/run-{max(taken, default=0) + 1}"
     if (Path(config.output_dir) / "metrics.jsonl").exists():
-        raise Mistake(f"--output-dir {config.output_dir} holds a run already: --resume {config.output_dir} continues it, another folder starts anew")
+        raise Mistake(
+            f"--output-dir {config.output_dir} holds a run already: --resume {config.output_dir} continues it, another folder starts anew"
+        )
     return config
 
 
@@ -193,7 +229,9 @@ def load_run(config):
             count = min(100, max(1, len(questions) // 10))
             questions, held = questions[:-count], questions[-count:]
         if len(questions) < config.batch_size:
-            raise Mistake(f"{config.train_data} leaves {len(questions)} questions to train on and --batch-size is {config.batch_size}")
+            raise Mistake(
+                f"{config.train_data} leaves {len(questions)} questions to train on and --batch-size is {config.batch_size}"
+            )
 
         @functools.lru_cache(maxsize=2)
         def order(epoch):
@@ -206,11 +244,15 @@ def load_run(config):
         questions, engine, world = task(config.world_seed)
         held, questions = questions, world.train
         oracle = data.oracle_exact_match(world, fixed_sample(held, 1000), engine.search, config.top_k)
-        print(f"tiny world {config.world_seed}: {len(world.passages)} passages, {len(questions)} questions to train on, {len(held)} held out; a perfect policy would score {oracle:.2f}")
+        print(
+            f"tiny world {config.world_seed}: {len(world.passages)} passages, {len(questions)} questions to train on, {len(held)} held out; a perfect policy would score {oracle:.2f}"
+        )
         began = time.perf_counter()
         policy, tokenizer, folder = data.base_model(data.BaseConfig(seed=config.seed), "outputs")
         policy = policy.to(device)
-        print(f"base model: {sum(p.numel() for p in policy.parameters()):,} parameters, in {folder} ({time.perf_counter() - began:.0f} s)")
+        print(
+            f"base model: {sum(p.numel() for p in policy.parameters()):,} parameters, in {folder} ({time.perf_counter() - began:.0f} s)"
+        )
 
         def draw(step):  # two-hop questions are many at first, or the policy settles for one search
             share = config.two_hop_share + (config.two_hop_share_end - config.two_hop_share) * min(1.0, max(0.0, (step - 15) / 25))
@@ -252,7 +294,11 @@ def update(models, batch, step, config, rng):
     """
     policy, critic = models.policy, models.critic
     if batch.ref_logprobs_BT is None:  # KL in the loss: only now, and only for the rows that are trained
-        batch.ref_logprobs_BT = score(lambda part: token_logprobs(models.reference, part.ids_BL, part.mask_BT, config.temperature)[0], batch, config.micro_batch_tokens)
+        batch.ref_logprobs_BT = score(
+            lambda part: token_logprobs(models.reference, part.ids_BL, part.mask_BT, config.temperature)[0],
+            batch,
+            config.micro_batch_tokens,
+        )
     rate = learning_rate_factor(step, config)
     train_policy = not critic or step > config.critic_warmup_steps  # a critic that knows nothing yet would only add noise
     trained = [(policy, models.optimizer, config.lr)] if train_policy else []
@@ -403,8 +449,12 @@ def save_checkpoint(out, step, models, tokenizer, config, settings):
     unfinished = out / f"unfinished-{step}"
     models.policy.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    (unfinished / "search_r1.json").write_text(json.dumps(settings | {"world_seed": config.world_seed, "corpus": config.corpus or None}, indent=2) + "\n")
-    state = {name: getattr(models, name).state_dict() for name in ("optimizer", "critic", "critic_optimizer") if getattr(models, name)}
+    (unfinished / "search_r1.json").write_text(
+        json.dumps(settings | {"world_seed": config.world_seed, "corpus": config.corpus or None}, indent=2) + "\n"
+    )
+    state = {
+        name: getattr(models, name).state_dict() for name in ("optimizer", "critic", "critic_optimizer") if getattr(models, name)
+    }
     torch.save(state | {"step": step}, unfinished / "trainer_state.pt")
     shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
     unfinished.rename(out / f"checkpoint-{step}")
@@ -477,7 +527,9 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
             rolled_out = time.perf_counter()
 
             # Phase 3. Rewards [Eq. 4].
-            rewards_B, em_B = rewards(rollouts, [q.golden_answers for q in questions for _ in range(config.group_size)], config, rng)
+            rewards_B, em_B = rewards(
+                rollouts, [q.golden_answers for q in questions for _ in range(config.group_size)], config, rng
+            )
 
             # Phase 4. The batch, log-probs of the reference, values of the critic.
             batch = collate(rollouts, device, mask_retrieved=not config.no_mask)
@@ -492,17 +544,26 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
             # Phase 7. Log.
             seconds = time.perf_counter() - began
             record = {"step": step} | measure(questions, rollouts, rewards_B, em_B, losses, config)
-            record |= {"lr": config.lr * learning_rate_factor(step, config), "timing_s/rollout": rolled_out - began, "timing_s/update": began + seconds - rolled_out}
+            record |= {
+                "lr": config.lr * learning_rate_factor(step, config),
+                "timing_s/rollout": rolled_out - began,
+                "timing_s/update": began + seconds - rolled_out,
+            }
             record["tokens_per_s"] = sum(len(r.ids) for r in rollouts) / seconds
 
             # Phase 8. Evaluate and save.
             if step % config.eval_every == 0 or step == config.steps:
                 metrics, after = evaluation(step)
                 record |= metrics
-                held_out_em = " / ".join(f"{metrics[name]:.2f}" for name in ("eval/em_1hop", "eval/em_2hop") if name in metrics) or f"{metrics['eval/em']:.2f}"
+                held_out_em = (
+                    " / ".join(f"{metrics[name]:.2f}" for name in ("eval/em_1hop", "eval/em_2hop") if name in metrics)
+                    or f"{metrics['eval/em']:.2f}"
+                )
             append_line(out / "metrics.jsonl", record)
             append_line(out / "samples.jsonl", sample_record(step, questions[0], rollouts[0], tokenizer))
-            bar.set_postfix_str(f"reward {record['reward/mean']:.2f}, searches {record['env/number_of_valid_search']:.2f}, held-out EM {held_out_em}")
+            bar.set_postfix_str(
+                f"reward {record['reward/mean']:.2f}, searches {record['env/number_of_valid_search']:.2f}, held-out EM {held_out_em}"
+            )
             if step == config.steps or stop or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(out, step, models, tokenizer, config, settings)
             if stop and step < config.steps:
@@ -536,7 +597,9 @@ def stop_at_step_end():
 def describe(metrics):
     """An evaluation's metrics -> one line."""
     if "eval/em_1hop" not in metrics:
-        return f"held-out EM {metrics['eval/em']:.3f}, F1 {metrics['eval/f1']:.3f} (greedy), {metrics['eval/searches']:.2f} searches"
+        return (
+            f"held-out EM {metrics['eval/em']:.3f}, F1 {metrics['eval/f1']:.3f} (greedy), {metrics['eval/searches']:.2f} searches"
+        )
     pair = lambda name: f"{metrics[name + '_1hop']:.3f} / {metrics[name + '_2hop']:.3f}"
     return f"held-out EM, one hop / two hops: {pair('eval/em')} greedy, {pair('eval/sampled_em')} sampled, {metrics['eval/sampled_em']:.3f} sampled in all; searches {pair('eval/searches')}"
 
@@ -552,7 +615,9 @@ def report(config):
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     first, last = records[0], records[-1]
     for title, sample in (("before training", samples[0]), (f"after {config.steps} steps", samples[-1])):
-        print(f"\n--- {title} (greedy, a held-out question; gold answer: {' or '.join(sample['golden_answers'])}; reward {sample['reward']:.0f})")
+        print(
+            f"\n--- {title} (greedy, a held-out question; gold answer: {' or '.join(sample['golden_answers'])}; reward {sample['reward']:.0f})"
+        )
         print(sample["question"] + "\n" + sample["transcript"])
     print(f"\nbefore: {describe(first)}\nafter:  {describe(last)}")
     if "train/sampled_em_1hop" in last:

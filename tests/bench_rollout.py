@@ -38,7 +38,14 @@ def with_generate(policy, tokenizer, questions, search, settings):
         )[:, longest:]  # fmt: skip
         asking, queries, still = [], [], []
         for i, row in zip(running, out.tolist()):
-            end = next((n + 1 for n in range(len(row)) if row[n] == tokenizer.eos_token_id or any(t in tokenizer.decode(row[: n + 1]) for t in searchr1.STOP_TAGS)), len(row))
+            end = next(
+                (
+                    n + 1
+                    for n in range(len(row))
+                    if row[n] == tokenizer.eos_token_id or any(t in tokenizer.decode(row[: n + 1]) for t in searchr1.STOP_TAGS)
+                ),
+                len(row),
+            )
             own[i] += row[:end]
             conversations[i] += row[:end]
             action = searchr1.parse_action(tokenizer.decode(row[:end]))
@@ -72,7 +79,9 @@ def main():
     settings = data.TINY_SETTINGS | {"invalid_message": INVALID_MESSAGES["paper"]}
     questions = [q.question for q in fixed_sample([q for q in world.test if q.hops == 2], args.questions)]
     everyone = [q for q in questions for _ in range(args.group_size)]
-    print(f"{torch.get_num_threads()} threads, {sum(p.numel() for p in policy.parameters()):,} parameters, {len(everyone)} rollouts of two-hop questions, {args.repeats} repeats")
+    print(
+        f"{torch.get_num_threads()} threads, {sum(p.numel() for p in policy.parameters()):,} parameters, {len(everyone)} rollouts of two-hop questions, {args.repeats} repeats"
+    )
     rates = {"ours": [], "generate() turn by turn": []}
     for _ in range(args.repeats):
         began = time.perf_counter()
@@ -85,7 +94,9 @@ def main():
         rates["ours"].append(sum(map(len, written)) / (between - began))
         rates["generate() turn by turn"].append(sum(map(len, theirs)) / (ended - between))
     same = sum(a == b for a, b in zip(written, theirs))
-    print(f"{same} of {len(everyone)} conversations are token for token the same; {sum(map(len, written)) / len(written):.1f} tokens written, {sum(len(r.turns) for r in ours) / len(ours):.2f} turns")
+    print(
+        f"{same} of {len(everyone)} conversations are token for token the same; {sum(map(len, written)) / len(written):.1f} tokens written, {sum(len(r.turns) for r in ours) / len(ours):.2f} turns"
+    )
     for name, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(values, rates["generate() turn by turn"]))
         print(f"{name:26} {statistics.median(values):8.0f} tokens/s   ratio {ratio:.2f}")

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import searchr1
-from retrieval import build_index
 
 
 def entities(text):
@@ -93,7 +92,12 @@ def test_the_tokenizer_survives_saving(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     world = data.make_world(3)
-    texts = [p.text for p in world.passages] + [q.question for q in world.train + world.test] + data.THOUGHTS + [f"<think> not sure </think> <search> {data.NAMES['person'][0]} </search>", searchr1.RETHINK]
+    texts = (
+        [p.text for p in world.passages]
+        + [q.question for q in world.train + world.test]
+        + data.THOUGHTS
+        + [f"<think> not sure </think> <search> {data.NAMES['person'][0]} </search>", searchr1.RETHINK]
+    )
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert loaded(texts, add_special_tokens=False)["input_ids"] == ids and loaded.chat_template == tokenizer.chat_template
     unknown = tokenizer.unk_token_id
@@ -124,7 +128,10 @@ def test_the_poor_policy_is_poor(world, engine):
     for hops, bar in ((1, 0.3), (2, 0.1)):
         questions = random.Random(0).sample([q for q in world.train if q.hops == hops], 800)
         episodes = data.poor_episodes(questions, engine.search, 3, random.Random(1))
-        right = sum(searchr1.outcome_reward(searchr1.extract_answer(e[-1][0]), q.golden_answers) for e, q in zip(episodes, questions)) / 800
+        right = (
+            sum(searchr1.outcome_reward(searchr1.extract_answer(e[-1][0]), q.golden_answers) for e, q in zip(episodes, questions))
+            / 800
+        )
         assert 0.01 < right < bar
         searches = [sum(searchr1.parse_action(text).kind == "search" for text, own in e if own) for e in episodes]
         assert [round(searches.count(n) / 800, 1) for n in range(4)] == [0.2, 0.3, 0.3, 0.2]
@@ -142,7 +149,10 @@ def test_reading_episodes_can_be_read(world):
         for (question, _), (answer, _) in zip(segments[1::2], segments[2::2]):
             (subject,) = entities(question)
             (relation,) = [w for w in data.WORD.findall(question) if w in data.RELATION]
-            assert any(sentence in {f.format(x=subject, y=answer.split()[1]) for f in data.RELATION[relation].facts} for sentence in sentences)
+            assert any(
+                sentence in {f.format(x=subject, y=answer.split()[1]) for f in data.RELATION[relation].facts}
+                for sentence in sentences
+            )
 
 
 def test_the_base_model_is_cached_whole_under_a_hash_of_its_configuration(tmp_path, monkeypatch):
@@ -176,7 +186,13 @@ def test_questions_are_read_as_flashrag_has_them(tmp_path):
     good = {"id": "7", "question": "Who?", "golden_answers": ["a", "b"], "metadata": {"type": "bridge"}}
     file.write_text(json.dumps(good) + "\n\n")
     assert data.load_questions(file) == [data.Question("7", "Who?", ("a", "b"))]
-    for bad, message in (("{", "JSON"), ('{"question": ""}', "question"), ('{"question": "q"}', "golden"), ('{"question": "q", "golden_answers": "a"}', "golden"), ('{"question": "q", "golden_answers": []}', "golden")):
+    for bad, message in (
+        ("{", "JSON"),
+        ('{"question": ""}', "question"),
+        ('{"question": "q"}', "golden"),
+        ('{"question": "q", "golden_answers": "a"}', "golden"),
+        ('{"question": "q", "golden_answers": []}', "golden"),
+    ):
         file.write_text(json.dumps(good) + "\n" + bad + "\n")
         with pytest.raises(ValueError, match=message) as error:
             data.load_questions(file)

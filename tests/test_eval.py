@@ -12,7 +12,15 @@ import searchr1
 from retrieval import Passage
 from test_searchr1 import PASSAGES
 
-SETTINGS = {"max_turns": 2, "max_new_tokens": 200, "max_obs_length": 300, "max_length": 4000, "top_k": 2, "do_search": True, "invalid_message": "official"}
+SETTINGS = {
+    "max_turns": 2,
+    "max_new_tokens": 200,
+    "max_obs_length": 300,
+    "max_length": 4000,
+    "top_k": 2,
+    "do_search": True,
+    "invalid_message": "official",
+}
 
 
 def test_metrics_are_means_over_all_questions_and_hops_apart():
@@ -27,12 +35,27 @@ def test_metrics_are_means_over_all_questions_and_hops_apart():
         "q4?": [a.format("London")],  # right, format bad
         "q5?": [t + "<search>a</search>", t + a.format("Thames")],  # right
     }
-    questions = [data.Question(q, q, (gold,), path) for q, gold, path in zip(turns, ["london", "Thames", "x", "London", "thames"], ["ab", "abc", "abc", "ab", "abc"])]
+    questions = [
+        data.Question(q, q, (gold,), path)
+        for q, gold, path in zip(turns, ["london", "Thames", "x", "London", "thames"], ["ab", "abc", "abc", "ab", "abc"])
+    ]
     tokenizer = searchr1.ByteTokenizer()
-    policy = searchr1.ScriptedPolicy(tokenizer, {searchr1.make_prompt(q): [list(x.encode()) for x in xs] for q, xs in turns.items()})
+    policy = searchr1.ScriptedPolicy(
+        tokenizer, {searchr1.make_prompt(q): [list(x.encode()) for x in xs] for q, xs in turns.items()}
+    )
     metrics, rollouts = evaluation.evaluate(policy, tokenizer, questions, lambda q, k: [PASSAGES] * len(q), SETTINGS, batch_size=2)
     assert [r.question for r in rollouts] == list(turns)
-    want = {"em": 3 / 5, "f1": (1 + 2 / 3 + 0 + 1 + 1) / 5, "searches": (0 + 1 + 2 + 0 + 1) / 5, "finished": 4 / 5, "valid_format": 3 / 5, "em_1hop": 1.0, "em_2hop": 1 / 3, "searches_1hop": 0.0, "searches_2hop": 4 / 3}
+    want = {
+        "em": 3 / 5,
+        "f1": (1 + 2 / 3 + 0 + 1 + 1) / 5,
+        "searches": (0 + 1 + 2 + 0 + 1) / 5,
+        "finished": 4 / 5,
+        "valid_format": 3 / 5,
+        "em_1hop": 1.0,
+        "em_2hop": 1 / 3,
+        "searches_1hop": 0.0,
+        "searches_2hop": 4 / 3,
+    }
     assert {k: metrics[k] for k in want} == pytest.approx(want)
     assert metrics["response_tokens"] == sum(len(x) for xs in turns.values() for x in xs) / 5
 
@@ -42,13 +65,19 @@ def test_evaluation_is_greedy_and_the_flag_arrives(model, tokenizer, monkeypatch
     Fails if: `temperature=temperature` is dropped from the call of rollout (what happens to the official flag).
     """
     seen, sample = [], searchr1.sample
-    monkeypatch.setattr(searchr1, "sample", lambda logits, temperature, generator=None: seen.append(temperature) or sample(logits, temperature, generator))
+    monkeypatch.setattr(
+        searchr1,
+        "sample",
+        lambda logits, temperature, generator=None: seen.append(temperature) or sample(logits, temperature, generator),
+    )
     questions = [data.Question(str(i), f"who is {name}?", ("x",)) for i, name in enumerate(data.NAMES["person"][:6])]
     settings = SETTINGS | {"max_new_tokens": 8}
     texts = []
     for seed, temperature in ((0, 0.0), (1, 0.0), (2, 1.0)):
         torch.manual_seed(seed)
-        _, rollouts = evaluation.evaluate(model, tokenizer, questions, lambda q, k: [[Passage("0", "t", "kinake")]] * len(q), settings, temperature)
+        _, rollouts = evaluation.evaluate(
+            model, tokenizer, questions, lambda q, k: [[Passage("0", "t", "kinake")]] * len(q), settings, temperature
+        )
         texts.append([r.ids for r in rollouts])
     assert texts[0] == texts[1] != texts[2] and set(seen) == {0.0, 1.0}
 
@@ -91,7 +120,10 @@ def test_curves_of_several_runs_go_into_one_picture(tmp_path, monkeypatch):
     from which the same picture can be drawn again.
     Fails if: plot_runs indexes a metric that a run does not have, or write_points drops the run's name.
     """
-    for name, records in (("a", [{"step": 0, "eval/em_1hop": 0.1, "eval/em_2hop": 0.0}, {"step": 1, "reward/mean": 0.5, "kl": 0.1}]), ("b", [{"step": 0, "eval/em": 0.3}])):
+    for name, records in (
+        ("a", [{"step": 0, "eval/em_1hop": 0.1, "eval/em_2hop": 0.0}, {"step": 1, "reward/mean": 0.5, "kl": 0.1}]),
+        ("b", [{"step": 0, "eval/em": 0.3}]),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     figures = []
@@ -135,7 +167,10 @@ def test_a_conversation_runs_as_the_checkpoint_was_trained(checkpoint):
     """Claim: search_r1.json decides; without one the paper's settings where a corpus is given, else the tiny world's.
     Fails if: load_settings prefers its defaults, or gives a real model fourteen tokens a turn.
     """
-    assert evaluation.load_settings("ck")["max_new_tokens"] == 14 and evaluation.load_settings("ck", "passages.jsonl")["max_new_tokens"] == 500
+    assert (
+        evaluation.load_settings("ck")["max_new_tokens"] == 14
+        and evaluation.load_settings("ck", "passages.jsonl")["max_new_tokens"] == 500
+    )
     Path("ck/search_r1.json").write_text(json.dumps(SETTINGS | {"world_seed": 5, "corpus": None}))
     assert evaluation.load_settings("ck", "passages.jsonl", top_k=7) == SETTINGS | {"world_seed": 5, "corpus": None, "top_k": 7}
 
@@ -144,7 +179,13 @@ def test_a_head_that_is_not_plain_is_refused(checkpoint, model, monkeypatch):
     """Claim: a model whose logits are not head(hidden) is refused, since rollout and trainer would be another policy.
     Fails if: load_checkpoint does not compare.
     """
-    monkeypatch.setattr(type(model), "forward", lambda self, input_ids, **_: type("Out", (), {"logits": 30 * torch.tanh(self.lm_head(self.model(input_ids=input_ids).last_hidden_state) / 30)}))
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, input_ids, **_: type(
+            "Out", (), {"logits": 30 * torch.tanh(self.lm_head(self.model(input_ids=input_ids).last_hidden_state) / 30)}
+        ),
+    )
     with pytest.raises(evaluation.Mistake, match="not one linear map"):
         evaluation.load_checkpoint("ck")
 
@@ -155,5 +196,5 @@ def test_the_demonstration_runs(capsys):
     """
     searchr1.demo()
     out = capsys.readouterr().out
-    assert "1(Title: \"Ada Lovelace\")" in out and "1(Title: \"London\")" in out
+    assert '1(Title: "Ada Lovelace")' in out and '1(Title: "London")' in out
     assert "2 searches" in out and "\033[2m" in out and "reward: 1.0" in out

@@ -57,7 +57,17 @@ def test_a_word_has_the_same_vector_in_every_process():
     """
     code = "from retrieval import HashedEncoder as H; e = H(['kinake lives in rimton', 'rimton']); print(e.encode(['kinake rimton'])[0, :8].tolist())"
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    outputs = {subprocess.run([sys.executable, "-c", code], cwd=here, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout for seed in "12"}
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=here,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "12"
+    }
     assert len(outputs) == 1
     vector = HashedEncoder(["kinake lives in rimton", "rimton"]).encode(["kinake rimton"])[0]
     assert json.loads(outputs.pop()) == vector[:8].tolist() and abs(np.linalg.norm(vector) - 1) < 1e-6
@@ -82,9 +92,17 @@ def test_passages_are_read_as_the_official_corpus_has_them(tmp_path):
     Fails if: every quote is stripped from the title, or the text is split at each newline.
     """
     file = tmp_path / "passages.jsonl"
-    records = [{"id": 7, "contents": '"Ada"\nline one\nline two'}, {"id": "x", "contents": '""Weird Al" Yankovic"\ntext'}, {"id": "y", "contents": "bare\ntext"}]
+    records = [
+        {"id": 7, "contents": '"Ada"\nline one\nline two'},
+        {"id": "x", "contents": '""Weird Al" Yankovic"\ntext'},
+        {"id": "y", "contents": "bare\ntext"},
+    ]
     file.write_text("".join(json.dumps(r) + "\n" for r in records) + "\n")
-    assert load_passages(file) == [Passage("7", "Ada", "line one\nline two"), Passage("x", '"Weird Al" Yankovic', "text"), Passage("y", "bare", "text")]
+    assert load_passages(file) == [
+        Passage("7", "Ada", "line one\nline two"),
+        Passage("x", '"Weird Al" Yankovic', "text"),
+        Passage("y", "bare", "text"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,7 @@ import types
 import pytest
 import torch
 
-import data
 import searchr1 as s
-from conftest import random_model
 from retrieval import Passage
 
 PASSAGES = [Passage("0", "Ada", "Ada was born in London."), Passage("1", "London", "London stands on the Thames.")]
@@ -39,7 +37,10 @@ def test_the_prompt_is_the_official_template_word_for_word():
     head = "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query </search> and it will return the top searched results between <information> and </information>. You can search as many times as your want. If you find no further external knowledge needed, you can directly provide the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: "
     assert s.make_prompt(" who is she ") == head + "who is she?\n"
     assert s.make_prompt("who?") == head + "who?\n"
-    assert s.make_prompt("who?", do_search=False) == "Answer the given question. You should first have a reasoning process in mind and then provides the answer. Show your reasoning in <think> </think> tags and return the final answer in <answer> </answer> tags, for example <answer> Beijing </answer>. Question: who?\n"
+    assert (
+        s.make_prompt("who?", do_search=False)
+        == "Answer the given question. You should first have a reasoning process in mind and then provides the answer. Show your reasoning in <think> </think> tags and return the final answer in <answer> </answer> tags, for example <answer> Beijing </answer>. Question: who?\n"
+    )
     assert s.make_prompt("{curly} who?").endswith("{curly} who?\n")
 
 
@@ -73,7 +74,10 @@ def test_information_has_the_official_format():
     """Claim: `Doc i(Title: "T") text`, a line each, in tags, two newlines around; no passage gives an empty pair.
     Fails if: a space is put between the number and the parenthesis, or numbering starts at 0.
     """
-    assert s.format_information(PASSAGES) == '\n\n<information>Doc 1(Title: "Ada") Ada was born in London.\nDoc 2(Title: "London") London stands on the Thames.</information>\n\n'
+    assert (
+        s.format_information(PASSAGES)
+        == '\n\n<information>Doc 1(Title: "Ada") Ada was born in London.\nDoc 2(Title: "London") London stands on the Thames.</information>\n\n'
+    )
     assert s.format_information([]) == "\n\n<information></information>\n\n"
 
 
@@ -90,7 +94,14 @@ def test_a_conversation_runs_as_algorithm_1_says():
     assert calls == [(["ada born"], 2)]
     assert tokenizer.decode(r.ids[r.prompt_length :]) == turns[0] + s.format_information(PASSAGES) + turns[1]
     assert tokenizer.decode([i for i, own in zip(r.ids, r.response_mask) if own]) == "".join(turns)
-    assert (r.answer, r.finished, r.searches, r.num_searches, r.num_valid_actions, r.found[0]) == ("London", True, ["ada born"], 1, 2, PASSAGES)
+    assert (r.answer, r.finished, r.searches, r.num_searches, r.num_valid_actions, r.found[0]) == (
+        "London",
+        True,
+        ["ada born"],
+        1,
+        2,
+        PASSAGES,
+    )
     assert len(r.ids) == len(r.response_mask) == len(r.logprobs) and r.turns == turns
 
 
@@ -117,7 +128,11 @@ def test_a_sampled_end_of_sequence_is_kept_and_trained():
     Fails if: `token in ends` is dropped from the stopping rule.
     """
     r, _, tokenizer = scripted(["<think>hm</think>"], max_turns=0)
-    assert r.ids[r.prompt_length :] == [*b"<think>hm</think>", tokenizer.eos_token_id] and all(r.response_mask[r.prompt_length :]) and not r.finished
+    assert (
+        r.ids[r.prompt_length :] == [*b"<think>hm</think>", tokenizer.eos_token_id]
+        and all(r.response_mask[r.prompt_length :])
+        and not r.finished
+    )
 
 
 def test_the_last_turn_cannot_search():
@@ -165,7 +180,9 @@ def test_passages_are_cut_and_their_closing_tag_is_not():
     long = [Passage("0", "T", "word " * 300), PASSAGES[0]]
     r, _, tokenizer = scripted(["<search>a</search>", "<answer>b</answer>"], passages=long, max_obs_length=100)
     block = tokenizer.decode([i for i, own in zip(r.ids, r.response_mask) if not own][r.prompt_length :])
-    assert len(block) == 100 and block.endswith("</information>\n\n") and block.startswith('\n\n<information>Doc 1(Title: "T") word')
+    assert (
+        len(block) == 100 and block.endswith("</information>\n\n") and block.startswith('\n\n<information>Doc 1(Title: "T") word')
+    )
 
 
 def test_a_hostile_passage_neither_ends_the_episode_nor_earns_a_reward_nor_breaks_the_mask():
@@ -208,11 +225,15 @@ def test_rows_keep_their_own_conversation_when_others_end_earlier():
     """
     tokenizer, script, want = s.ByteTokenizer(), {}, []
     for i in range(7):
-        turns = [f"<think>{'t' * (3 * i)}</think><search>query {i}.{n}</search>" for n in range(i % 4)] + [f"<answer>{'a' * (40 + i * 5 % 11)}{i}</answer>"]
+        turns = [f"<think>{'t' * (3 * i)}</think><search>query {i}.{n}</search>" for n in range(i % 4)] + [
+            f"<answer>{'a' * (40 + i * 5 % 11)}{i}</answer>"
+        ]
         script[s.make_prompt("q" * i + "?")] = [list(turn.encode()) for turn in turns]
         want += [turns] * 2
     engine = lambda queries, top_k: [[Passage("0", q, "text " * len(q))] * (int(q[-1]) + 1) for q in queries]
-    rollouts = s.rollout(s.ScriptedPolicy(tokenizer, script), tokenizer, ["q" * i + "?" for i in range(7)], engine, group_size=2, temperature=0)
+    rollouts = s.rollout(
+        s.ScriptedPolicy(tokenizer, script), tokenizer, ["q" * i + "?" for i in range(7)], engine, group_size=2, temperature=0
+    )
     assert [r.turns for r in rollouts] == want
     assert [r.searches for r in rollouts] == [[f"query {i}.{n}" for n in range(i % 4)] for i in range(7) for _ in range(2)]
 
@@ -229,7 +250,9 @@ class PieceTokenizer(s.ByteTokenizer):
         return 257 + len(self.pieces)
 
     def decode(self, ids):
-        return b"".join(self.pieces[i - 257].encode() if i > 256 else bytes([i]) if i < 256 else b"" for i in ids).decode(errors="replace")
+        return b"".join(self.pieces[i - 257].encode() if i > 256 else bytes([i]) if i < 256 else b"" for i in ids).decode(
+            errors="replace"
+        )
 
     def convert_ids_to_tokens(self, ids):
         return [self.pieces[i - 257] if i > 256 else chr(i) for i in ids]
@@ -251,7 +274,11 @@ def test_sampled_ids_are_the_trained_ids_however_a_tag_is_split():
         t.split("<", "search", ">", "a", " </search", "></"),  # overhang: the start of another tag
         t.split("<search>", "a", "</search>"),  # byte by byte
     ]
-    last = [t.split("<", "answer", ">", "b", "</answer>"), t.split("<answer>b</answe", "r>."), t.split("<answer>b", "</", "answer", ">")]
+    last = [
+        t.split("<", "answer", ">", "b", "</answer>"),
+        t.split("<answer>b</answe", "r>."),
+        t.split("<answer>b", "</", "answer", ">"),
+    ]
     for a in first:
         for b in last:
             r, calls, _ = scripted([a, b], tokenizer=t)
@@ -264,9 +291,28 @@ def test_sampled_ids_are_the_trained_ids_however_a_tag_is_split():
 def rollouts_of_a_random_model(model, tokenizer, temperature, group_size=1):
     found = [Passage("0", "kinake", "kinake lives in gugoton."), Passage("1", "x", "the mayor of gugoton is kinake.")]
     engine = lambda queries, top_k: [found[: 1 + len(query) % 2] for query in queries]
-    questions = ["who is kinake?", "what is the city where kinake was born?", "can you name the mayor of gugoton?", "who is the mayor of the city where kinake lives?", "what is born?"]
+    questions = [
+        "who is kinake?",
+        "what is the city where kinake was born?",
+        "can you name the mayor of gugoton?",
+        "who is the mayor of the city where kinake lives?",
+        "what is born?",
+    ]
     generator = torch.Generator().manual_seed(0)
-    return s.rollout(model, tokenizer, questions, engine, group_size, 3, 12, 40, 200, temperature=temperature, invalid_message=s.RETHINK, generator=generator)
+    return s.rollout(
+        model,
+        tokenizer,
+        questions,
+        engine,
+        group_size,
+        3,
+        12,
+        40,
+        200,
+        temperature=temperature,
+        invalid_message=s.RETHINK,
+        generator=generator,
+    )
 
 
 def test_the_cached_rollout_equals_encoding_everything_again(model, tokenizer):
@@ -282,7 +328,11 @@ def test_the_cached_rollout_equals_encoding_everything_again(model, tokenizer):
         own = [i for i, mine in enumerate(r.response_mask) if mine]
         assert [best[i - 1].item() for i in own] == [r.ids[i] for i in own]
     # the comparison means something only if there were searches, rows of different lengths and several turns
-    assert sum(r.num_searches for r in rollouts) >= 2 and len({len(r.ids) for r in rollouts}) > 2 and max(len(r.turns) for r in rollouts) > 2
+    assert (
+        sum(r.num_searches for r in rollouts) >= 2
+        and len({len(r.ids) for r in rollouts}) > 2
+        and max(len(r.turns) for r in rollouts) > 2
+    )
 
 
 def test_each_greedy_turn_equals_generate(model, tokenizer):
@@ -294,7 +344,9 @@ def test_each_greedy_turn_equals_generate(model, tokenizer):
         for start in starts:
             end = next((i for i in range(start, len(r.ids)) if not r.response_mask[i]), len(r.ids))
             prefix = torch.tensor([r.ids[:start]])
-            out = model.generate(prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=end - start, do_sample=False, pad_token_id=0)
+            out = model.generate(
+                prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=end - start, do_sample=False, pad_token_id=0
+            )
             assert out[0, start:].tolist() == r.ids[start:end]
 
 
@@ -349,11 +401,15 @@ def test_retrieved_tokens_prompt_and_padding_get_exactly_zero_gradient(model, to
     """
     batch = small_batch(model, tokenizer)
     hidden = model.base_model(input_ids=batch.ids_BL).last_hidden_state.detach().requires_grad_()
-    fake = types.SimpleNamespace(base_model=lambda **_: types.SimpleNamespace(last_hidden_state=hidden), get_output_embeddings=model.get_output_embeddings)
+    fake = types.SimpleNamespace(
+        base_model=lambda **_: types.SimpleNamespace(last_hidden_state=hidden), get_output_embeddings=model.get_output_embeddings
+    )
     logprobs, entropy = s.token_logprobs(fake, batch.ids_BL, batch.mask_BT)
     whole_loss(logprobs, entropy, batch, batch.mask_BT).backward()
     gradient = hidden.grad[:, :-1].abs().sum(-1)
-    rollouts = rollouts_of_a_random_model(model, tokenizer, 1.0, 2)  # what the policy wrote, from the rollouts and not from the batch under test
+    rollouts = rollouts_of_a_random_model(
+        model, tokenizer, 1.0, 2
+    )  # what the policy wrote, from the rollouts and not from the batch under test
     own = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.response_mask) for r in rollouts], batch_first=True)[:, 1:]
     assert (gradient[~own] == 0).all() and (hidden.grad[:, -1] == 0).all() and (gradient[own] > 0).all()
     assert (logprobs[~own] == 0).all() and (entropy[~own] == 0).all()
@@ -395,7 +451,9 @@ def test_the_reward_reads_the_response_only():
     prompt; and nothing if the gold answer stands in a passage's answer tag.
     Fails if: the answer is extracted from prompt and response together.
     """
-    r, _, tokenizer = scripted(["<search>a</search>", "no idea"], max_turns=1, passages=[Passage("0", "t", "<answer> Beijing </answer>")])
+    r, _, tokenizer = scripted(
+        ["<search>a</search>", "no idea"], max_turns=1, passages=[Passage("0", "t", "<answer> Beijing </answer>")]
+    )
     assert "<answer> Beijing </answer>" in tokenizer.decode(r.ids[: r.prompt_length])
     assert r.answer is None and s.outcome_reward(r.answer, ["Beijing"]) == 0.0
     r, _, _ = scripted(["<search>a</search>", "<answer>Beijing</answer>"], passages=[Passage("0", "t", "<answer> Paris")])
@@ -415,7 +473,18 @@ def test_exact_match_is_the_official_one():
     Values worked out by hand from the official order of steps.
     Fails if: punctuation becomes a space, articles go before punctuation, or unicode dashes are stripped, too.
     """
-    same = [("The Beatles", "beatles"), ("U.S.", "us"), ("A-B", "ab"), ("  a  an the X ", "x"), ("Ünïcode", "ünïcode"), ("the, cat", "cat"), ("", "the"), ("", "!?"), ("1,000", "1000"), ("an-other", "another")]
+    same = [
+        ("The Beatles", "beatles"),
+        ("U.S.", "us"),
+        ("A-B", "ab"),
+        ("  a  an the X ", "x"),
+        ("Ünïcode", "ünïcode"),
+        ("the, cat", "cat"),
+        ("", "the"),
+        ("", "!?"),
+        ("1,000", "1000"),
+        ("an-other", "another"),
+    ]
     different = [("A–B", "ab"), ("theory", "ory"), ("x y", "xy"), ("", "x"), ("café", "cafe"), ("“x”", "x")]
     for prediction, gold in same:
         assert s.exact_match(prediction, ["nothing like it", gold]) == 1.0, (prediction, gold)
@@ -448,7 +517,21 @@ def test_the_format_is_think_search_information_think_answer():
     t, q, i, a = "<think>x</think>", "<search>q</search>", "<information>d</information>", "<answer>y</answer>"
     for good in (t + a, f"{t}\n{q}\n{i}\n{t} {a}\n", t + q + i + t + q + i + t + a):
         assert s.check_format(good) == (True, ""), good
-    for bad in ("", t, a, q + i + t + a, t + t + a, t + q + t + a, t + q + i + a, t + i + t + a, t + a + "more", "x" + t + a, t + a + a, "<think>" + a, t + "</answer>"):
+    for bad in (
+        "",
+        t,
+        a,
+        q + i + t + a,
+        t + t + a,
+        t + q + t + a,
+        t + q + i + a,
+        t + i + t + a,
+        t + a + "more",
+        "x" + t + a,
+        t + a + a,
+        "<think>" + a,
+        t + "</answer>",
+    ):
         valid, why = s.check_format(bad)
         assert not valid and why, bad
 
@@ -500,7 +583,9 @@ def test_gae_over_a_masked_rollout_is_gae_with_those_positions_deleted():
     advantages, returns = s.gae(rewards, values, own, gamma=0.9, lam=0.8)
     for row in range(4):
         k = own[row]
-        short, short_returns = s.gae(rewards[row : row + 1, k], values[row : row + 1, k], torch.ones(1, int(k.sum()), dtype=torch.bool), 0.9, 0.8)
+        short, short_returns = s.gae(
+            rewards[row : row + 1, k], values[row : row + 1, k], torch.ones(1, int(k.sum()), dtype=torch.bool), 0.9, 0.8
+        )
         torch.testing.assert_close(advantages[row, k], short[0])
         torch.testing.assert_close(returns[row, k], short_returns[0])
         assert (advantages[row, ~k] == 0).all() and (returns[row, ~k] == 0).all()

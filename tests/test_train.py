@@ -42,7 +42,20 @@ def metrics(folder):
 def a_batch(tokenizer, model, group_size=4):
     """Rollouts of a random model as a Batch with advantages from made-up rewards, reference log-probs and values."""
     found = [Passage("0", "kinake", "kinake lives in gugoton.")]
-    rollouts = searchr1.rollout(model, tokenizer, ["who is kinake?", "what is the city where kinake was born?"], lambda q, k: [found] * len(q), group_size, 3, 12, 40, 200, temperature=1.0, invalid_message=searchr1.RETHINK, generator=torch.Generator().manual_seed(3))
+    rollouts = searchr1.rollout(
+        model,
+        tokenizer,
+        ["who is kinake?", "what is the city where kinake was born?"],
+        lambda q, k: [found] * len(q),
+        group_size,
+        3,
+        12,
+        40,
+        200,
+        temperature=1.0,
+        invalid_message=searchr1.RETHINK,
+        generator=torch.Generator().manual_seed(3),
+    )
     batch = searchr1.collate(rollouts)
     rewards = torch.tensor([1.0, 0, 0, 0] * 2)
     batch.advantages_BT = searchr1.group_advantages(rewards, group_size)[:, None] * batch.mask_BT
@@ -67,9 +80,22 @@ def test_micro_batches_equal_the_big_batch(tokenizer, model, algo):
     batch, _ = a_batch(tokenizer, model)
     moved = []
     for budget in (10**6, 1):
-        config = train.Config(algo=algo, minibatches=1, micro_batch_tokens=budget, lr=1.0, critic_lr=1.0, kl_coef=0.5, entropy_coef=0.1, max_grad_norm=1e9, warmup_steps=0, critic_warmup_steps=0)
+        config = train.Config(
+            algo=algo,
+            minibatches=1,
+            micro_batch_tokens=budget,
+            lr=1.0,
+            critic_lr=1.0,
+            kl_coef=0.5,
+            entropy_coef=0.1,
+            max_grad_norm=1e9,
+            warmup_steps=0,
+            critic_warmup_steps=0,
+        )
         policy, critic = copy.deepcopy(model), searchr1.Critic(model) if algo == "ppo" else None
-        losses = train.update(train.Models(policy, model, critic, sgd(policy), sgd(critic) if critic else None), batch, 1, config, random.Random(0))
+        losses = train.update(
+            train.Models(policy, model, critic, sgd(policy), sgd(critic) if critic else None), batch, 1, config, random.Random(0)
+        )
         weights = torch.cat([p.detach().flatten() for m in (policy, critic) if m for p in m.parameters()])
         moved.append((weights, losses))
     start = torch.cat([p.flatten() for m in (model, critic and searchr1.Critic(model)) if m for p in m.parameters()])
@@ -114,7 +140,9 @@ def test_the_kl_loss_pulls_towards_the_reference(tokenizer, model):
     policy, logged = copy.deepcopy(model), []
     for _ in range(2):
         config = train.Config(minibatches=1, warmup_steps=0, kl_coef=1.0, lr=0.01)
-        logged.append(train.update(train.Models(policy, reference, None, sgd(policy), None), batch, 1, config, random.Random(0))["kl"])
+        logged.append(
+            train.update(train.Models(policy, reference, None, sgd(policy), None), batch, 1, config, random.Random(0))["kl"]
+        )
     assert 0 < logged[1] < logged[0]
 
 
@@ -125,7 +153,9 @@ def test_kl_in_the_reward_is_k1_of_the_policys_tokens(tokenizer, model):
     """
     reference = random_model(tokenizer, seed=1)
     batch, rewards = a_batch(tokenizer, model)
-    token_rewards = train.score_batch(train.Models(model, reference, None, None, None), batch, rewards, train.Config(kl_in="reward", kl_coef=0.1))
+    token_rewards = train.score_batch(
+        train.Models(model, reference, None, None, None), batch, rewards, train.Config(kl_in="reward", kl_coef=0.1)
+    )
     with torch.no_grad():
         ref = torch.log_softmax(reference(input_ids=batch.ids_BL).logits[:, :-1], -1).gather(-1, batch.ids_BL[:, 1:, None])[..., 0]
     for row in range(8):
@@ -167,7 +197,9 @@ def test_every_rollout_is_paid_for_its_own_question(small_base, monkeypatch):
     Fails if: golds are repeated group by group in train() (`for q in questions for _ in range(...)` -> loops swapped).
     """
     asked, rewards = [], train.rewards
-    monkeypatch.setattr(train, "rewards", lambda rollouts, golds, *rest: asked.extend(zip(rollouts, golds)) or rewards(rollouts, golds, *rest))
+    monkeypatch.setattr(
+        train, "rewards", lambda rollouts, golds, *rest: asked.extend(zip(rollouts, golds)) or rewards(rollouts, golds, *rest)
+    )
     train.main(SMALL + ["--steps", "1", "--output-dir", "run"])
     gold = {q.question: q.golden_answers for q in data.make_world(0).train}
     assert len(asked) == 24 and all(gold[r.question] == answers for r, answers in asked)
@@ -183,7 +215,9 @@ def test_the_same_seed_gives_the_same_metrics_twice(small_base):
     assert any(line.get("grad_norm", 0) > 0 for line in metrics("a"))
 
 
-@pytest.mark.parametrize("flags", [["--algo", "grpo"], ["--algo", "ppo", "--critic-warmup-steps", "1"], ["--algo", "reinforce", "--kl-in", "reward"]])
+@pytest.mark.parametrize(
+    "flags", [["--algo", "grpo"], ["--algo", "ppo", "--critic-warmup-steps", "1"], ["--algo", "reinforce", "--kl-in", "reward"]]
+)
 def test_a_resumed_run_is_the_uninterrupted_run(small_base, flags):
     """Claim: killed after step 2 of 4 and resumed, the metrics and weights are those of a run that was left alone.
     Fails if: restore() forgets the optimiser, or a step's randomness depends on the steps before it.
@@ -208,7 +242,11 @@ def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, cap
     run = SMALL + ["--steps", "3"]
     train.main(run + ["--output-dir", "whole"])
     draw = data.draw_questions
-    monkeypatch.setattr(data, "draw_questions", lambda *args: os.kill(os.getpid(), signal.SIGINT) or draw(*args) if len(metrics("stopped")) == 2 else draw(*args))
+    monkeypatch.setattr(
+        data,
+        "draw_questions",
+        lambda *args: os.kill(os.getpid(), signal.SIGINT) or draw(*args) if len(metrics("stopped")) == 2 else draw(*args),
+    )
     with pytest.raises(SystemExit) as stopped:
         train.main(run + ["--output-dir", "stopped"])
     assert stopped.value.code == 130 and len(metrics("stopped")) == 3 and "--resume stopped" in capsys.readouterr().out
@@ -217,7 +255,17 @@ def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, cap
     assert metrics("stopped") == metrics("whole")
 
 
-@pytest.mark.parametrize("flags", [["--no-search"], ["--no-mask", "--kl-in", "reward"], ["--shuffle-rewards"], ["--recompute-old-logprobs"], ["--algo", "ppo", "--critic-warmup-steps", "1", "--no-mask"], ["--group-size", "1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--no-search"],
+        ["--no-mask", "--kl-in", "reward"],
+        ["--shuffle-rewards"],
+        ["--recompute-old-logprobs"],
+        ["--algo", "ppo", "--critic-warmup-steps", "1", "--no-mask"],
+        ["--group-size", "1"],
+    ],
+)
 def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
     """Claim: config, metrics with the official names, samples, curves and a checkpoint that transformers loads; the
     first and the last line of the metrics carry an evaluation.
@@ -230,7 +278,13 @@ def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
     assert set(names.split()) <= set().union(*lines[1:]) and all(v == v for line in lines for v in line.values())
     for line in (lines[0], lines[-1]):
         assert {"eval/em", "eval/f1", "eval/em_1hop", "eval/em_2hop", "eval/sampled_em", "train/sampled_em"} <= set(line)
-    assert {f.name for f in Path("run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint-3"}
+    assert {f.name for f in Path("run").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "curves.png",
+        "checkpoint-3",
+    }
     AutoModelForCausalLM.from_pretrained("run/checkpoint-3")
     assert AutoTokenizer.from_pretrained("run/checkpoint-3").chat_template == data.CHAT_TEMPLATE
     if "--no-search" in flags:
@@ -242,16 +296,31 @@ def real_shape(tmp_path, monkeypatch):
     """Files in the official formats and a saved two-layer Qwen3 with a byte-level BPE tokenizer and a ChatML template."""
     monkeypatch.chdir(tmp_path)
     towns = [f"Town {chr(65 + i)}{i}" for i in range(24)]
-    passages = [{"id": str(i), "contents": f'"{t}"\n{t} lies on the river Number {i}, and its mayor is called Person {i}. Ünïcode; naïve.'} for i, t in enumerate(towns)]
-    questions = [{"id": f"q{i}", "question": f"Who is the mayor of {t}", "golden_answers": [f"Person {i}"], "metadata": {}} for i, t in enumerate(towns)]
+    passages = [
+        {"id": str(i), "contents": f'"{t}"\n{t} lies on the river Number {i}, and its mayor is called Person {i}. Ünïcode; naïve.'}
+        for i, t in enumerate(towns)
+    ]
+    questions = [
+        {"id": f"q{i}", "question": f"Who is the mayor of {t}", "golden_answers": [f"Person {i}"], "metadata": {}}
+        for i, t in enumerate(towns)
+    ]
     for name, records in (("passages", passages), ("questions", questions)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = [searchr1.TEMPLATE, searchr1.INVALID_ACTION] + [p["contents"] for p in passages]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=500,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        ),
+    )
     chatml = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chatml)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chatml
+    )
     random_model(tokenizer).save_pretrained("model")
     tokenizer.save_pretrained("model")
     return "--model model --train-data questions.jsonl --corpus passages.jsonl".split()
@@ -265,11 +334,32 @@ def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_forma
     """
     # An untrained model never closes a tag; let it find one, so that passages really enter the conversation.
     parse = searchr1.parse_action
-    monkeypatch.setattr(searchr1, "parse_action", lambda text: searchr1.Action("search", "mayor of Town B1") if len(text) % 2 else parse(text))
-    flags = ["--algo", algo, "--steps", "2", "--batch-size", "3", "--group-size", "2", "--max-new-tokens", "20", "--max-turns", "2", "--eval-limit", "2", "--output-dir", "run"]
+    monkeypatch.setattr(
+        searchr1, "parse_action", lambda text: searchr1.Action("search", "mayor of Town B1") if len(text) % 2 else parse(text)
+    )
+    flags = [
+        "--algo",
+        algo,
+        "--steps",
+        "2",
+        "--batch-size",
+        "3",
+        "--group-size",
+        "2",
+        "--max-new-tokens",
+        "20",
+        "--max-turns",
+        "2",
+        "--eval-limit",
+        "2",
+        "--output-dir",
+        "run",
+    ]
     train.main(real_shape + flags)
     samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
-    assert samples[0]["prompt"].startswith("<|im_start|>user\nAnswer the given question.") and samples[0]["prompt"].endswith("?\n<|im_end|>\n<|im_start|>assistant\n")
+    assert samples[0]["prompt"].startswith("<|im_start|>user\nAnswer the given question.") and samples[0]["prompt"].endswith(
+        "?\n<|im_end|>\n<|im_start|>assistant\n"
+    )
     text = "".join(s["transcript"] for s in samples)
     assert '\n\n<information>Doc 1(Title: "Town B1") Town B1 lies on the river Number 1' in text and searchr1.INVALID_ACTION in text
     assert json.loads(Path("run/config.json").read_text())["preset"] == "real" and Path("run/curves.png").stat().st_size > 20000
@@ -303,8 +393,14 @@ def test_files_are_gone_through_in_epochs(real_shape):
         (["--model", "empty", "--train-data", "questions.jsonl", "--corpus", "passages.jsonl"], "holds no model"),
         (["--model", "model", "--train-data", "gone.jsonl", "--corpus", "passages.jsonl"], "cannot read gone.jsonl"),
         (["--model", "model", "--train-data", "passages.jsonl", "--corpus", "passages.jsonl"], "passages.jsonl line 1"),
-        (["--model", "model", "--train-data", "questions.jsonl", "--corpus", "passages.jsonl", "--batch-size", "50"], "--batch-size is 50"),
-        (["--model", "model", "--train-data", "questions.jsonl", "--corpus", "passages.jsonl", "--max-length", "100"], "--max-length"),
+        (
+            ["--model", "model", "--train-data", "questions.jsonl", "--corpus", "passages.jsonl", "--batch-size", "50"],
+            "--batch-size is 50",
+        ),
+        (
+            ["--model", "model", "--train-data", "questions.jsonl", "--corpus", "passages.jsonl", "--max-length", "100"],
+            "--max-length",
+        ),
         (["--resume", "nowhere"], "no checkpoint"),
         (["--output-dir", "old"], "holds a run already"),
     ],
@@ -343,4 +439,8 @@ def test_the_readmes_flags_exist():
     assert {script for script, flags in commands if "--" in flags} == {"train", "eval"}
     for script, flags in commands:
         for flag in re.findall(r"--[\w-]+", flags):
-            assert f'"{flag}"' in (root / "eval.py").read_text() if script == "eval" else flag[2:].replace("-", "_") in {f.name for f in train.fields(train.Config)}, (script, flag)
+            assert (
+                f'"{flag}"' in (root / "eval.py").read_text()
+                if script == "eval"
+                else flag[2:].replace("-", "_") in {f.name for f in train.fields(train.Config)}
+            ), (script, flag)
