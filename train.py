@@ -79,7 +79,7 @@ class Config:
     eval_data: str = flag("", "held-out question file; empty: the last tenth of --train-data, 100 at most")
     corpus: str = flag("", "passage file (JSON lines: id, contents)")
     output_dir: str = flag("", "folder of the run; empty: outputs/run-<next number>")
-    resume: str = flag("", "folder of a run to continue, or auto for the newest; its config.json is used")
+    resume: str = flag("", "folder of a run to continue; alone: --output-dir's, or the newest; its config.json is used")
     device: str = flag("auto", "auto (cuda, else cpu), cpu, cuda or mps")
 
     steps: int = flag(100, "RL steps; the paper: 500")
@@ -164,7 +164,9 @@ def parse_config(argv):
     parser = Parser(allow_abbrev=False, description="Train a language model to search, from the reward of its final answer alone.")
     for f in fields(Config):
         name, help = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        if isinstance(f.default, bool):
+        if f.name == "resume":
+            parser.add_argument(name, nargs="?", const="auto", help=help)
+        elif isinstance(f.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction if f.default else "store_true", default=None, help=help)
         else:
             parser.add_argument(name, type=type(f.default), choices=CHOICES.get(f.name), default=None, help=help)
@@ -202,15 +204,18 @@ def check_config(config):
 
 
 def resumed_config(given):
-    """--resume DIR (or auto) -> the run's saved Config; of other flags only --steps and --save-every are taken."""
+    """--resume [DIR] -> the run's saved Config. Only --steps and --save-every may differ from what was saved."""
     runs = sorted(Path("outputs").glob("run-*/config.json"), key=lambda file: file.stat().st_mtime)
-    folder = given["resume"] if given["resume"] != "auto" else str(runs[-1].parent) if runs else "outputs/run-*"
+    newest = str(runs[-1].parent) if runs else "outputs/run-*"
+    folder = given["resume"] if given["resume"] != "auto" else given.get("output_dir", newest)
     if not list(Path(folder).glob("checkpoint-*/trainer_state.pt")):
-        raise Mistake(f"--resume {given['resume']}: no checkpoint to continue from in {folder}")
-    refused = set(given) - {"resume", "steps", "save_every"}
-    if refused:
-        raise Mistake(f"--resume continues a run as it was; --{sorted(refused)[0].replace('_', '-')} cannot change on the way")
+        raise Mistake(f"--resume: no checkpoint to continue from in {folder}")
     saved = json.loads((Path(folder) / "config.json").read_text())
+    for name in set(given) - {"resume", "output_dir", "steps", "save_every"}:
+        if given[name] != saved[name]:
+            raise Mistake(
+                f"--resume continues a run as it was, with --{name.replace('_', '-')} {saved[name]}; {given[name]} cannot take its place on the way"
+            )
     return Config(**(saved | given | {"resume": folder, "output_dir": folder}))
 
 

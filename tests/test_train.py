@@ -418,16 +418,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(real_shape, capsys, flags, messag
     assert stopped.value.code == 2 and message in error and "\n" not in error
 
 
-def test_resuming_takes_no_other_flags(small_base):
-    """Claim: --resume refuses flags that would change the run, and a run that is complete.
+def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
+    """Claim: --resume refuses a flag with another value than the run had, and a run that is complete; the command that
+    started the run, repeated with --resume and more steps, goes on with it.
     Fails if: resumed_config ignores what else was given.
     """
-    train.main(SMALL + ["--output-dir", "run"])
-    for flags, message in ((["--lr", "1"], "--lr cannot change"), ([], "has all its 2 steps")):
+    run = SMALL + ["--output-dir", "run"]
+    train.main(run)
+    for flags, message in ((["--resume", "run", "--lr", "1"], "with --lr 0.0005"), (run + ["--resume"], "has all its 2 steps")):
         with pytest.raises(Mistake, match=message):
-            train.main(["--resume", "run"] + flags)
-    train.main(["--resume", "run", "--steps", "3"])
+            train.main(flags)
+    train.main(run + ["--resume", "--steps", "3"])
     assert [line["step"] for line in metrics("run")] == [0, 1, 2, 3]
+    assert train.parse_config(["--resume", "run", "--steps", "9"]).output_dir == "run"
 
 
 def test_the_readmes_flags_exist():
