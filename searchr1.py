@@ -580,7 +580,7 @@ def kl_k3(logprobs, ref_logprobs):
     """e^r - r - 1: unbiased and never negative. As in the official code its value is cut at 10, and with it the
     gradient: one token that the policy has all but given up would otherwise outweigh the whole batch."""
     r = ref_logprobs - logprobs
-    return (torch.exp(r) - r - 1).clamp(max=10.0)
+    return (torch.expm1(r) - r).clamp(max=10.0)  # expm1: in fp32, exp(r) - 1 rounds to below r for small r
 
 
 # ----- 7. Advantages -----

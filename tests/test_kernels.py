@@ -162,7 +162,8 @@ def test_mistakes_are_named():
 def test_k1_and_k3_are_unbiased_k2_nearly_and_k3_is_never_negative():
     """Claim: over an enumerated vocabulary of five tokens, E[k1] = E[k3] = KL exactly, E[k2] = KL to third order, and
     k3 >= 0 for every token; the exact KL of the kernel is the same number.
-    Fails if: kl_k3 has the ratio upside down (`ref_logprobs - logprobs` -> `logprobs - ref_logprobs`), or any sign flips.
+    Fails if: kl_k3 has the ratio upside down (`ref_logprobs - logprobs` -> `logprobs - ref_logprobs`), or is written as
+    exp(r) - r - 1.
     """
     torch.manual_seed(3)
     x = torch.randn(1, 5)
@@ -174,4 +175,6 @@ def test_k1_and_k3_are_unbiased_k2_nearly_and_k3_is_never_negative():
         assert abs((p * kl_k3(logp, logq)).sum() - exact) < 1e-9
         assert abs((p * kl_k2(logp, logq)).sum() - exact) < distance * exact
         assert (kl_k3(logp, logq) >= 0).all() and (kl_k1(logp, logq) < 0).any()
+        near = -torch.logspace(-8, 0, 1000)  # fp32, down to differences that exp(r) - 1 cannot resolve
+        assert (kl_k3(near, torch.zeros(1000)) >= 0).all() and (kl_k3(torch.zeros(1000), near) >= 0).all()
         assert abs(fused_logprob_kl(x, torch.tensor([0]), ref_logits=y).kl.item() - exact.item()) < 1e-6
