@@ -201,6 +201,7 @@ def plot_runs(runs, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for (title, names, unit), axis in zip(CURVES, axes.flat):
@@ -209,17 +210,15 @@ def plot_runs(runs, path):
             if any("hop" in name for name in present):
                 present = [name for name in present if "hop" in name]
             for style, name in zip(["-", "--"], present):
-                hops = f"{name[-4]} hop" if name.endswith("hop") else ""
-                label = f"{run if len(runs) > 1 else ''} {hops}".strip()
                 points = [(r["step"], r[name]) for r in records if name in r]
-                axis.plot(
-                    *zip(*points), style, color=f"C{colour}", label=label or None, marker="." if name.startswith("eval") else None
-                )
+                axis.plot(*zip(*points), style, color=f"C{colour}", marker="." if name.startswith("eval") else None)
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
+    keys = [Line2D([], [], color=f"C{colour}", label=run) for colour, run in enumerate(runs)]
+    if any("eval/em_1hop" in r for records in runs.values() for r in records):
+        keys += [Line2D([], [], color="0.3", linestyle=style, label=label) for style, label in (("-", "one hop"), ("--", "two hops"))]
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
