@@ -117,7 +117,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer, model):
 
 def test_one_update_raises_the_logprob_of_the_rewarded_rollout(tokenizer, model):
     """Claim: after one small step, rollouts with reward 1 are more likely and the others, on the whole, less.
-    Fails if: policy_loss loses its minus sign, or group_advantages returns the groups in another order.
+    Fails if: policy_loss loses its minus sign, or group_advantages returns each group in reverse.
     """
     batch, rewards = a_batch(tokenizer, model)
     batch.ref_logprobs_BT = batch.old_logprobs_BT
