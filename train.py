@@ -291,6 +291,12 @@ def score(values_of, batch, budget):
     return out_BT
 
 
+def logprobs_under(model, batch, config):
+    """log-probs [B, T] of the batch's own tokens under `model`, without gradient."""
+    own = lambda part: token_logprobs(model, part.ids_BL, part.mask_BT, config.temperature)[0]
+    return score(own, batch, config.micro_batch_tokens)
+
+
 def update(models, batch, step, config, rng):
     """Phase 6: one pass over the batch in config.minibatches optimiser steps -> metrics averaged over them.
 
@@ -299,11 +305,7 @@ def update(models, batch, step, config, rng):
     """
     policy, critic = models.policy, models.critic
     if batch.ref_logprobs_BT is None:  # KL in the loss: only now, and only for the rows that are trained
-        batch.ref_logprobs_BT = score(
-            lambda part: token_logprobs(models.reference, part.ids_BL, part.mask_BT, config.temperature)[0],
-            batch,
-            config.micro_batch_tokens,
-        )
+        batch.ref_logprobs_BT = logprobs_under(models.reference, batch, config)
     rate = learning_rate_factor(step, config)
     train_policy = not critic or step > config.critic_warmup_steps  # a critic that knows nothing yet would only add noise
     trained = [(policy, models.optimizer, config.lr)] if train_policy else []
@@ -380,16 +382,14 @@ def rewards(rollouts, golds, config, rng):
 
 def score_batch(models, batch, rewards_B, config):
     """Phase 4: put old and reference log-probs and values into the batch; returns token rewards [B, T]."""
-    under = lambda model: lambda part: token_logprobs(model, part.ids_BL, part.mask_BT, config.temperature)[0]
-    budget = config.micro_batch_tokens
     if config.no_mask or config.recompute_old_logprobs:  # [D9]; and nobody sampled the retrieved tokens
-        batch.old_logprobs_BT = score(under(models.policy), batch, budget)
+        batch.old_logprobs_BT = logprobs_under(models.policy, batch, config)
     token_rewards_BT = rewards_at_end(rewards_B.to(batch.ids_BL.device), batch.mask_BT)
     if config.kl_in == "reward":  # [Eq. 1]  r - beta log(pi / pi_ref): k1, a token at a time, under the old policy
-        batch.ref_logprobs_BT = score(under(models.reference), batch, budget)
+        batch.ref_logprobs_BT = logprobs_under(models.reference, batch, config)
         token_rewards_BT = token_rewards_BT - config.kl_coef * kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT)  # 0 where masked
     if models.critic:
-        batch.values_BT = score(lambda part: models.critic(part.ids_BL), batch, budget)
+        batch.values_BT = score(lambda part: models.critic(part.ids_BL), batch, config.micro_batch_tokens)
     return token_rewards_BT
 
 
@@ -483,7 +483,7 @@ def restore(out, models):
 
 
 def train(config, policy, tokenizer, search, draw, train_sample, held_out):
-    """The outer loop; everything it learns is in OUTPUT_DIR afterwards. Returns the last rollouts on `held_out`."""
+    """The outer loop; everything it learns is in OUTPUT_DIR afterwards."""
     out, device = Path(config.output_dir), policy.device
     settings = {name: getattr(config, name) for name in SETTINGS if name != "do_search"} | {"do_search": not config.no_search}
     models = make_models(policy.eval(), config)  # eval mode throughout: dropout would make old and new log-probs differ

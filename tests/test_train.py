@@ -149,7 +149,7 @@ def test_the_kl_loss_pulls_towards_the_reference(tokenizer, model):
 def test_kl_in_the_reward_is_k1_of_the_policys_tokens(tokenizer, model):
     """Claim: [Eq. 1, PPO] each token of the policy is charged beta (log pi - log pi_ref), the last one also gets the
     outcome; retrieved tokens get nothing.
-    Fails if: score_batch adds the penalty instead of subtracting it, or `under` scores all tokens and not the mask's.
+    Fails if: score_batch adds the penalty instead of subtracting it, or `logprobs_under` scores all tokens and not the mask's.
     """
     reference = random_model(tokenizer, seed=1)
     batch, rewards = a_batch(tokenizer, model)
