@@ -535,15 +535,21 @@ def collate(rollouts, device="cpu", mask_retrieved=True):
     )
 
 
+def head_inputs(policy, ids_BL):
+    """What the lm_head is asked about a batch: hidden states [B, T, D] of the positions before the last, its weight
+    [V, D], and the next tokens [B, T]. The one place where predictions and tokens are shifted against each other."""
+    # The body of the model alone: policy(ids).logits would be the wall of logits that kernels.py is there to avoid.
+    # No attention mask is needed: rows are right-padded and causal.
+    hidden_BLD = policy.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+    return hidden_BLD[:, :-1], policy.get_output_embeddings().weight, ids_BL[:, 1:]
+
+
 def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0):
     """log pi(y_t | x, y_<t; R) and the entropy of pi at each position, both fp32 [B, T], 0 where the mask is False.
 
-    The lm_head runs over masked-in positions only. No attention mask is needed: rows are right-padded and causal.
+    The lm_head runs over masked-in positions only. Policy, old policy and reference all come through here.
     """
-    hidden_BLD = policy.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    out = fused_linear_logprob_kl(
-        hidden_BLD[:, :-1], policy.get_output_embeddings().weight, ids_BL[:, 1:], mask_BT, temperature=temperature
-    )
+    out = fused_linear_logprob_kl(*head_inputs(policy, ids_BL), mask_BT, temperature=temperature)
     return out.logp, out.entropy
 
 

@@ -55,7 +55,7 @@ from eval import (
     task,
 )
 from searchr1 import (
-    Critic, collate, format_reward, gae, group_advantages, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
+    Critic, collate, format_reward, gae, group_advantages, head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
     token_logprobs, token_mean, transcript, value_loss, whiten,
 )  # fmt: skip
 
@@ -119,6 +119,9 @@ class Config:
     eval_every: int = flag(10, "steps between evaluations on held-out questions")
     eval_limit: int = flag(400, "questions of an evaluation, a fixed sample")
     save_every: int = flag(0, "steps between checkpoints; 0: only at the end (and when interrupted)")
+    save_hidden: str = flag(
+        "", "file for the hidden states of the first step's first micro-batch, for tests/bench_kernels.py --cases"
+    )
 
 
 # The tiny world's own values are the defaults above. "real" is the paper's recipe with a batch for one card.
@@ -201,22 +204,24 @@ def check_config(config):
         raise Mistake("--eval-data needs --train-data: the tiny world brings its own held-out questions")
     if config.train_data and not config.model:
         raise Mistake("--train-data needs --model: the tiny base model knows the words of the tiny world only")
+    if config.save_hidden and not Path(config.save_hidden).parent.is_dir():
+        raise Mistake(f"--save-hidden {config.save_hidden}: there is no folder {Path(config.save_hidden).parent}")
 
 
 def resumed_config(given):
-    """--resume [DIR] -> the run's saved Config. Only --steps and --save-every may differ from what was saved."""
+    """--resume [DIR] -> the run's saved Config. Only --steps, --save-every and --save-hidden may differ from what was saved."""
     runs = sorted(Path("outputs").glob("run-*/config.json"), key=lambda file: file.stat().st_mtime)
     newest = str(runs[-1].parent) if runs else "outputs/run-*"
     folder = given["resume"] if given["resume"] != "auto" else given.get("output_dir", newest)
     if not list(Path(folder).glob("checkpoint-*/trainer_state.pt")):
         raise Mistake(f"--resume: no checkpoint to continue from in {folder}")
     saved = json.loads((Path(folder) / "config.json").read_text())
-    for name in set(given) - {"resume", "output_dir", "steps", "save_every"}:
+    for name in set(given) - {"resume", "output_dir", "steps", "save_every", "save_hidden"}:
         if given[name] != saved[name]:
             raise Mistake(
                 f"--resume continues a run as it was, with --{name.replace('_', '-')} {saved[name]}; {given[name]} cannot take its place on the way"
             )
-    return Config(**(saved | given | {"resume": folder, "output_dir": folder}))
+    return Config(**(saved | {"save_hidden": ""} | given | {"resume": folder, "output_dir": folder}))
 
 
 # ----- 2. What is trained on what -----
@@ -289,6 +294,18 @@ def score(values_of, batch, budget):
         part = batch.rows(torch.tensor(piece))
         out_BT[torch.tensor(piece), : part.mask_BT.shape[1]] = values_of(part)
     return out_BT
+
+
+@torch.no_grad()
+def save_hidden(policy, batch, config):
+    """Write what fused_linear_logprob_kl gets for the first micro-batch (the longest rows): the data on which
+    tests/bench_kernels.py --cases then measures, since the shape of a trained policy's logits decides what tau can skip."""
+    part = batch.rows(torch.tensor(micro_batches(batch, range(len(batch.ids_BL)), config.micro_batch_tokens)[0]))
+    hidden_BTD, weight_VD, target_BT = head_inputs(policy, part.ids_BL)
+    case = {"hidden": hidden_BTD.flatten(0, 1), "weight": weight_VD, "target": target_BT.flatten(), "mask": part.mask_BT.flatten()}
+    torch.save(
+        {name: t.detach().cpu().clone() for name, t in case.items()} | {"temperature": config.temperature}, config.save_hidden
+    )
 
 
 def logprobs_under(model, batch, config):
@@ -542,6 +559,9 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
 
             # Phase 5. Advantages [Eq. 2: GAE, Eq. 3: group].
             batch = advantages(batch, token_rewards_BT, config)
+
+            if config.save_hidden and step == start + 1:
+                save_hidden(policy, batch, config)
 
             # Phase 6. Update [Eq. 2, Eq. 3].
             losses = update(models, batch, step, config, rng)

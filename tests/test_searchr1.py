@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+import transformers
 
 import searchr1 as s
 from retrieval import Passage
@@ -375,6 +376,35 @@ def test_sampling_draws_from_the_whole_distribution():
     z = (counts - 20000 * p) / (20000 * p * (1 - p)).sqrt()
     assert z.abs().max() < 4.5 and (ids < 70).sum() > 0
     torch.testing.assert_close(logprobs.double(), p.log()[ids], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logprobs_and_gradients_come_from_the_body_of_the_model_and_no_logits(tokenizer, family, tied):
+    """Claim: for a model of each family, its embedding tied to the head or not, token_logprobs never runs the lm_head, and
+    log-probs, entropy and the gradients of all parameters equal those of log_softmax over the model's logits.
+    Fails if: head_inputs asks policy(ids) instead of policy.base_model, or detaches the weight, or shifts by none.
+    """
+    torch.manual_seed(0)
+    config = getattr(transformers, family + "Config")(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    model = getattr(transformers, family + "ForCausalLM")(config).eval()
+    ids_BL, mask_BT = torch.randint(100, (3, 12)), torch.rand(3, 11) < 0.5
+    logp_BTV = torch.log_softmax(model(ids_BL).logits[:, :-1].double() / 0.7, -1)
+    want = logp_BTV.gather(-1, ids_BL[:, 1:, None])[..., 0][mask_BT], -(logp_BTV.exp() * logp_BTV).sum(-1)[mask_BT]
+    want_gradients = torch.autograd.grad(want[0].sum() + 2 * want[1].sum(), list(model.parameters()))
+
+    def no_logits(*_):
+        raise AssertionError("the lm_head was run")
+
+    model.get_output_embeddings().register_forward_pre_hook(no_logits)
+    got = [x_BT[mask_BT] for x_BT in s.token_logprobs(model, ids_BL, mask_BT, 0.7)]
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g.double(), w, atol=2e-5, rtol=0)
+    for g, w in zip(torch.autograd.grad(got[0].sum() + 2 * got[1].sum(), list(model.parameters())), want_gradients):
+        torch.testing.assert_close(g, w, atol=1e-4, rtol=1e-4)
 
 
 # ----- The mask in the loss -----

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,14 +14,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import bench_kernels
 import data
+import kernels
 import searchr1
 import train
 from conftest import random_model
 from eval import Mistake, run_main
 from retrieval import Passage
 
-SMALL = "--batch-size 6 --group-size 4 --eval-limit 6 --eval-every 2 --steps 2 --reward format".split()
+SMALL = (
+    "--batch-size 6 --group-size 4 --eval-limit 6 --eval-every 2 --steps 2 --reward format --max-turns 2 --max-new-tokens 8".split()
+)
 
 
 @pytest.fixture()
@@ -129,6 +134,40 @@ def test_one_update_raises_the_logprob_of_the_rewarded_rollout(tokenizer, model)
     assert (change[rewards == 1] > 0).all() and change[rewards == 0].mean() < 0
 
 
+def test_the_loop_never_makes_a_wall_of_logits(tokenizer, model):
+    """Claim: log-probs of the policy, the old policy and the reference are all computed without their lm_heads being run.
+    Fails if: any of the three passes calls model(ids).logits.
+    """
+    config = train.Config(recompute_old_logprobs=True, kl_in="reward", micro_batch_tokens=300)
+    batch, _ = a_batch(tokenizer, model)
+    batch.old_logprobs_BT, batch.ref_logprobs_BT = torch.zeros_like(batch.old_logprobs_BT), None
+    models = train.make_models(model, config)
+    for network in (models.policy, models.reference):
+        network.get_output_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("the lm_head was run"))
+    train.score_batch(models, batch, torch.ones(len(batch.ids_BL)), config)
+    train.update(models, batch, 1, config, random.Random(0))
+    assert (batch.old_logprobs_BT[batch.mask_BT] < 0).all() and (batch.ref_logprobs_BT[batch.mask_BT] < 0).all()
+
+
+def test_save_hidden_writes_what_the_benchmark_measures(tokenizer, model, tmp_path, capsys):
+    """Claim: the file holds the longest rows of the batch; its hidden states, weight, targets, mask and temperature give
+    the log-probs that the sampler saw; and tests/bench_kernels.py --cases measures it without error.
+    Fails if: hidden states and targets are not shifted against each other, or load_case forgets the temperature.
+    """
+    (batch, _), path = a_batch(tokenizer, model), str(tmp_path / "hidden.pt")
+    train.save_hidden(model, batch, train.Config(save_hidden=path, micro_batch_tokens=300))
+    rows = batch.lengths_B.argsort(descending=True, stable=True)[: 300 // batch.lengths_B.max()]
+    want = batch.old_logprobs_BT[rows, : batch.lengths_B.max() - 1].flatten()
+    arguments = bench_kernels.load_case(path, "cpu")
+    assert arguments[3].sum() == batch.mask_BT[rows].sum() > 20
+    torch.testing.assert_close(kernels.eager_logprob(*arguments), want, atol=1e-5, rtol=0)
+    bench_kernels.main(["--cases", path, "--repeats", "1", "--skip", "compile", "tau"])
+    assert len(re.findall(r"\| \d.*e-0[67] \|.*e-0[67] \|", capsys.readouterr().out)) >= 3  # errors of the rows that ran
+    torch.save(torch.load(path) | {"temperature": 2.0}, path)
+    want = kernels.eager_logprob(*arguments, temperature=2.0)
+    torch.testing.assert_close(kernels.eager_logprob(*bench_kernels.load_case(path, "cpu")), want, atol=1e-5, rtol=0)
+
+
 def test_the_kl_loss_pulls_towards_the_reference(tokenizer, model):
     """Claim: with no reward at all, a step brings the log-probs of the sampled tokens closer to the reference's: the k3
     that is logged as kl falls.
@@ -224,10 +263,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(small_base, flags):
     """
     run = SMALL + flags + ["--steps", "4", "--save-every", "2"]
     train.main(run + ["--output-dir", "whole"])
-    train.main(run + ["--output-dir", "killed"])
-    for file in sorted(Path("killed/checkpoint-4").iterdir()):  # as if it had died before this was written
-        file.unlink()
-    Path("killed/checkpoint-4").rmdir()
+    shutil.copytree("whole", "killed", ignore=shutil.ignore_patterns("checkpoint-4"))  # as if it had died before that
     train.main(["--resume", "killed"])
     assert metrics("killed") == metrics("whole")
     states = [AutoModelForCausalLM.from_pretrained(f"{run}/checkpoint-4").state_dict() for run in ("whole", "killed")]
@@ -402,6 +438,7 @@ def test_files_are_gone_through_in_epochs(real_shape):
             "--max-length",
         ),
         (["--resume", "nowhere"], "no checkpoint"),
+        (["--save-hidden", "nowhere/hidden.pt"], "there is no folder nowhere"),
         (["--output-dir", "old"], "holds a run already"),
     ],
 )
