@@ -390,19 +390,19 @@ class RowsToLogprob(torch.autograd.Function):
         # bf16 would round K times.
         d_rows = rows.new_zeros(rows.shape) if weight is None else torch.zeros(len(index_n), rows.shape[1], device=rows.device)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for v, l in zip(starts, live):
-            if not len(l):
+        for v, live_n in zip(starts, live):
+            if not len(live_n):
                 continue
-            x, active = slice_of_logits(rows, weight, index_n[l], v, chunk)
-            y, _ = slice_of_logits(ref_rows, ref_weight, index_n[l], v, chunk)
+            x, active = slice_of_logits(rows, weight, index_n[live_n], v, chunk)
+            y, _ = slice_of_logits(ref_rows, ref_weight, index_n[live_n], v, chunk)
             dx = d_rows[:, v : v + chunk] if weight is None else torch.empty_like(x, dtype=rows.dtype)
-            write_gradient(x, y, active, target_n[l], numbers[:, l], dx, v, temperature, use_triton)
+            write_gradient(x, y, active, target_n[live_n], numbers[:, live_n], dx, v, temperature, use_triton)
             if weight is None:
                 continue
             if ctx.needs_input_grad[0]:
-                d_rows.index_add_(0, l, matmul_fp32(dx, weight[v : v + chunk]))
+                d_rows.index_add_(0, live_n, matmul_fp32(dx, weight[v : v + chunk]))
             if d_weight is not None:  # each slice of the weight's gradient is written once, by one product
-                d_weight[v : v + chunk] = matmul_fp32(dx.T, rows[index_n[l]]).to(weight.dtype)
+                d_weight[v : v + chunk] = matmul_fp32(dx.T, rows[index_n[live_n]]).to(weight.dtype)
         if weight is not None:
             d_rows = torch.zeros_like(rows).index_copy_(0, index_n, d_rows.to(rows.dtype))
         return d_rows, d_weight, None, None, None, None, None, None, None, None
@@ -481,8 +481,9 @@ def fused_linear_logprob_kl(
     ref_hidden, ref_weight   of the frozen reference, both or neither; costs one more product per slice
     chunk                    vocabulary columns of a slice; None: SLICE_BYTES decides
     tau                      the backward pass skips (row, slice) pairs whose probability is <= tau. 0 skips only what
-                             underflowed to 0 and is lossless. A row of dlogits is off by at most |g_logp| * tau *
-                             ceil(V / chunk) in L1 norm (for entropy and KL times |ln p + H| and |ln p/q - KL|)
+                             underflowed to 0 and is lossless. Otherwise a row of dlogits is off, in L1 norm, by at most
+                             |g_logp| * tau * ceil(V / chunk) / T, where g_logp is the gradient from above (for entropy
+                             and KL times the largest |ln p + H| or |ln p - ln q - KL| of what is skipped)
     Gradients reach `hidden` and, unless it is frozen, `weight`. Errors as in fused_logprob_kl.
     """
     if (ref_hidden is None) != (ref_weight is None):
@@ -500,16 +501,17 @@ def eager_logprob(hidden, weight, target, mask, temperature=1.0):
     return torch.where(mask, logp, 0.0)
 
 
-def example(n, vocabulary, dim, active=0.45, peak=8.0, dtype=torch.float32, device="cpu"):
+def example(n, vocabulary, dim, active=0.45, peak=15.0, dtype=torch.float32, device="cpu"):
     """Synthetic (hidden [n, dim], weight [vocabulary, dim], target [n], mask [n]); the first two ask for gradients.
 
-    The logits of a row are N(0, 1), but for the target's, which stands `peak` above: with a vocabulary of 152k the
-    target's probability is about 1e-5 at peak 0, 0.01 at 8, 0.9 at 15.
+    The logits of a row are N(0, 1), but for the target's, which stands higher: by 0 to 2 * peak, evenly spread over the
+    rows. With a vocabulary of 152k a target 8 above has a probability of 0.01, 15 above 0.9; with peak 0 the policy is flat.
     """
     g = torch.Generator(device).manual_seed(0)
     weight = torch.randn(vocabulary, dim, generator=g, device=device) / dim**0.5
     target = torch.randint(vocabulary, (n,), generator=g, device=device)
-    hidden = torch.randn(n, dim, generator=g, device=device) + peak * weight[target]
+    height = 2 * peak * torch.rand(n, 1, generator=g, device=device)
+    hidden = torch.randn(n, dim, generator=g, device=device) + height * weight[target]
     mask = torch.rand(n, generator=g, device=device) < active
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target, mask
 

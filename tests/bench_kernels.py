@@ -135,7 +135,7 @@ def measure(logprob, arguments, device, repeats, truth):
             error = f"{(value[index] - truth_logp).abs().max():.1e}"
         else:
             off = (value - truth_logp.sum()).abs() / len(index)
-            error = "none returned" if value == -len(index) else f"{off:.1e} (mean)"
+            error = "none returned" if value == len(index) else f"{off:.1e} (mean)"
     (-logprob(*arguments).sum()).backward()
     gradient = hidden.grad[index[:64]].double()
     error_gradient = ((gradient - truth_gradient).norm() / truth_gradient.norm()).item()
