@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 import data
 import searchr1
-from retrieval import build_index, load_passages
+from retrieval import SearchFailed, build_index, engine_from
 from searchr1 import check_format, f1_score, outcome_reward, policy_view, rollout, transcript
 
 transformers_logging.disable_progress_bar()
@@ -58,10 +58,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main):
-    """Call a script's main(); a Mistake (or a bad line in a data file) becomes one line and exit code 2."""
+    """Call a script's main(); a Mistake, a bad line in a data file, a search engine that is gone: one line, exit code 2."""
     try:
         sys.exit(main())
-    except (Mistake, ValueError) as error:
+    except (Mistake, ValueError, SearchFailed) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -166,7 +166,7 @@ def task(world_seed, corpus=None, questions=None):
     """-> (held-out questions, search engine, World or None): the tiny world, or files given by path."""
     if corpus:
         asked = read_file(data.load_questions, questions) if questions else []
-        return asked, build_index(read_file(load_passages, corpus)), None
+        return asked, read_file(engine_from, corpus), None
     world = data.make_world(world_seed)
     return world.test, build_index(world.passages), world
 
@@ -257,7 +257,7 @@ def main(argv=None):
     parser.add_argument(
         "--data", help="question file (JSON lines: id, question, golden_answers); default: the tiny world's held-out questions"
     )
-    parser.add_argument("--corpus", help="passage file (JSON lines: id, contents); default: what the checkpoint was trained with")
+    parser.add_argument("--corpus", help="passage file, DIR of an index, bm25:FILE or DIR, http://...; default: what the checkpoint was trained with")
     parser.add_argument("--world-seed", type=int, help="another tiny world than the checkpoint's")
     parser.add_argument("--limit", type=int, default=0, help="a fixed sample of N questions (default: all)")
     parser.add_argument("--top-k", type=int, help="passages a search (default: as trained)")

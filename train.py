@@ -54,6 +54,7 @@ from eval import (
     run_main,
     task,
 )
+from retrieval import SearchFailed
 from searchr1 import (
     Critic, collate, format_reward, gae, group_advantages, head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
     token_logprobs, token_mean, transcript, value_loss, whiten,
@@ -77,7 +78,10 @@ class Config:
     model: str = flag("", "folder or hub id of a causal LM; empty: the tiny base model")
     train_data: str = flag("", "question file (JSON lines: id, question, golden_answers); empty: the tiny world")
     eval_data: str = flag("", "held-out question file; empty: the last tenth of --train-data, 100 at most")
-    corpus: str = flag("", "passage file (JSON lines: id, contents)")
+    corpus: str = flag(
+        "",
+        "what is searched: passage file (JSON lines: id, contents), DIR of an index, bm25:FILE or DIR, http://host:port/retrieve",
+    )
     output_dir: str = flag("", "folder of the run; empty: outputs/run-<next number>")
     resume: str = flag("", "folder of a run to continue; alone: --output-dir's, or the newest; its config.json is used")
     device: str = flag("auto", "auto (cuda, else cpu), cpu, cuda or mps")
@@ -199,7 +203,7 @@ def check_config(config):
     if bool(config.train_data) != bool(config.corpus):
         raise Mistake("--train-data and --corpus belong together: questions, and the passages that answer them")
     if config.model and not config.train_data:
-        raise Mistake("--model needs --train-data FILE and --corpus FILE: the tiny world's words mean nothing to a real model")
+        raise Mistake("--model needs --train-data FILE and --corpus WHERE: the tiny world's words mean nothing to a real model")
     if config.eval_data and not config.train_data:
         raise Mistake("--eval-data needs --train-data: the tiny world brings its own held-out questions")
     if config.train_data and not config.model:
@@ -542,10 +546,20 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
             questions = draw(step)
 
             # Phase 2. Rollouts [Alg. 1], the group_size of a question in a row: group ids are positions in the batch.
-            rollouts = rollout(
-                policy, tokenizer, [q.question for q in questions], search, config.group_size, temperature=config.temperature,
-                generator=generator, **settings | {"invalid_message": INVALID_MESSAGES[config.invalid_message]},
-            )  # fmt: skip
+            try:
+                rollouts = rollout(
+                    policy, tokenizer, [q.question for q in questions], search, config.group_size, temperature=config.temperature,
+                    generator=generator, **settings | {"invalid_message": INVALID_MESSAGES[config.invalid_message]},
+                )  # fmt: skip
+            except SearchFailed as error:  # nothing found would be trained on; so the run ends here and keeps what it has
+                if step > start + 1:
+                    save_checkpoint(out, step - 1, models, tokenizer, config, settings)
+                kept = (
+                    f"saved after step {step - 1}, continue with: python train.py --resume {out}"
+                    if step > 1
+                    else "no step was done"
+                )
+                raise SearchFailed(f"{error}; {kept}") from None
             rolled_out = time.perf_counter()
 
             # Phase 3. Rewards [Eq. 4].

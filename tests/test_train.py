@@ -21,7 +21,7 @@ import searchr1
 import train
 from conftest import random_model
 from eval import Mistake, run_main
-from retrieval import Passage
+from retrieval import Passage, SearchFailed
 
 SMALL = (
     "--batch-size 6 --group-size 4 --eval-limit 6 --eval-every 2 --steps 2 --reward format --max-turns 2 --max-new-tokens 8".split()
@@ -249,7 +249,7 @@ def test_the_same_seed_gives_the_same_metrics_twice(small_base):
     Fails if: a generator is left unseeded (`generator=generator` dropped from the rollout).
     """
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train.main(SMALL + ["--output-dir", name, "--seed", str(seed)])
+        train.main(SMALL + ["--steps", "1", "--output-dir", name, "--seed", str(seed)])
     assert metrics("a") == metrics("b") != metrics("c")
     assert any(line.get("grad_norm", 0) > 0 for line in metrics("a"))
 
@@ -291,6 +291,33 @@ def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, cap
     assert metrics("stopped") == metrics("whole")
 
 
+def test_a_search_engine_that_goes_away_ends_the_run_and_loses_no_step(small_base, monkeypatch):
+    """Claim: if the engine fails in step 3, the run ends with its address, steps 1 and 2 are kept, and resumed it is the run
+    in which the engine never failed. No rollout is trained on without its passages.
+    Fails if: train catches SearchFailed and goes on, or saves under the number of the step that failed.
+    """
+    run = SMALL + ["--steps", "3", "--eval-every", "9"]
+    train.main(run + ["--output-dir", "whole"])
+    load_run = train.load_run
+
+    def gone_later(config):
+        policy, tokenizer, search, *rest = load_run(config)
+
+        def fragile(queries, top_k):
+            if Path("broken/metrics.jsonl").exists() and len(metrics("broken")) == 3:  # the base's line, and two steps
+                raise SearchFailed("http://nowhere did not answer")
+            return search(queries, top_k)
+
+        return policy, tokenizer, fragile, *rest
+
+    monkeypatch.setattr(train, "load_run", gone_later)
+    with pytest.raises(SearchFailed, match="nowhere did not answer; saved after step 2, continue with"):
+        train.main(run + ["--output-dir", "broken"])
+    monkeypatch.setattr(train, "load_run", load_run)
+    train.main(["--resume", "broken"])
+    assert metrics("broken") == metrics("whole")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -298,7 +325,7 @@ def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, cap
         ["--no-mask", "--kl-in", "reward"],
         ["--shuffle-rewards"],
         ["--recompute-old-logprobs"],
-        ["--algo", "ppo", "--critic-warmup-steps", "1", "--no-mask"],
+        ["--algo", "ppo", "--critic-warmup-steps", "0", "--no-mask"],
         ["--group-size", "1"],
     ],
 )
@@ -307,10 +334,10 @@ def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
     first and the last line of the metrics carry an evaluation.
     Fails if: a metric of the list is renamed, or the last step is not evaluated when eval_every does not divide it.
     """
-    train.main(SMALL + ["--steps", "3", "--output-dir", "run"] + flags)
+    train.main(SMALL + ["--steps", "1", "--output-dir", "run"] + flags)
     lines = metrics("run")
     names = "reward/mean reward/std frac_reward_zero_std kl entropy clip_ratio grad_norm lr response_length/mean env/number_of_actions env/ratio_of_valid_action env/number_of_valid_search env/finish_ratio state_tokens/coverage"
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines] == [0, 1]
     assert set(names.split()) <= set().union(*lines[1:]) and all(v == v for line in lines for v in line.values())
     for line in (lines[0], lines[-1]):
         assert {"eval/em", "eval/f1", "eval/em_1hop", "eval/em_2hop", "eval/sampled_em", "train/sampled_em"} <= set(line)
@@ -319,10 +346,10 @@ def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
         "metrics.jsonl",
         "samples.jsonl",
         "curves.png",
-        "checkpoint-3",
+        "checkpoint-1",
     }
-    AutoModelForCausalLM.from_pretrained("run/checkpoint-3")
-    assert AutoTokenizer.from_pretrained("run/checkpoint-3").chat_template == data.CHAT_TEMPLATE
+    AutoModelForCausalLM.from_pretrained("run/checkpoint-1")
+    assert AutoTokenizer.from_pretrained("run/checkpoint-1").chat_template == data.CHAT_TEMPLATE
     if "--no-search" in flags:
         assert all(line["env/number_of_valid_search"] == 0 for line in lines[1:])
 
@@ -471,16 +498,15 @@ def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
 
 
 def test_the_readmes_flags_exist():
-    """Claim: every flag of a train.py or eval.py command in the README is one of the script's.
+    """Claim: every flag of a train.py, eval.py or retrieval.py command in the README is one of the script's.
     Fails if: a flag that the README uses is renamed in the script.
     """
     root = Path(__file__).parent.parent
-    commands = re.findall(r"python (train|eval)\.py([^\n`|]*)", (root / "README.md").read_text())
-    assert {script for script, flags in commands if "--" in flags} == {"train", "eval"}
+    commands = re.findall(r"python (train|eval|retrieval)\.py([^\n`|#]*)", (root / "README.md").read_text())
+    assert {script for script, flags in commands if "--" in flags} >= {"train", "eval"}
     for script, flags in commands:
         for flag in re.findall(r"--[\w-]+", flags):
-            assert (
-                f'"{flag}"' in (root / "eval.py").read_text()
-                if script == "eval"
-                else flag[2:].replace("-", "_") in {f.name for f in train.fields(train.Config)}
-            ), (script, flag)
+            if script == "train":
+                assert flag[2:].replace("-", "_") in {f.name for f in train.fields(train.Config)}, flag
+            else:
+                assert f'"{flag}"' in (root / f"{script}.py").read_text(), (script, flag)

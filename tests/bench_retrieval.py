@@ -1,0 +1,257 @@
+"""How well, how fast and in how much memory does the search engine find?
+
+    python tests/bench_retrieval.py index [--n 1000000] [--dim 384]        kinds of FAISS index side by side
+    python tests/bench_retrieval.py recall QUESTIONS PASSAGES [--encoder DIR] [--cross-encoder DIR]
+    python tests/bench_retrieval.py server [--requests 2000] [--clients 16] [--hostile 500]
+
+index: synthetic unit vectors. Uniform ones flatter nobody: all are equally far from each other, and no index can do better
+than to read them all. Embeddings come in clusters and use few directions, so these are drawn from a mixture: 2000 centres
+(cluster i has a share proportional to 1/(i+10)), noise of 0.7 of the centres' spread around them, direction j scaled by
+(j+1)^-1/2. Queries are fresh draws from the same mixture. Recall@3 is against the exact neighbours.
+
+recall: share of a question's supporting titles (metadata.supporting_facts, as the FlashRAG collection serves HotpotQA) among
+the first 3 and 10 passages; time per query with the queries in one batch. If rank_bm25 or bm25s is installed, the scores of
+our BM25 are compared with theirs.
+
+server: concurrent clients, each answer compared with the direct call; then hostile requests; memory of the process.
+"""
+
+import argparse
+import http.client
+import importlib.util
+import json
+import os
+import random
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import retrieval
+from retrieval import BM25, Dense, HashedEncoder, HttpEngine, Reranker, SearchEngine, Server, TransformerEncoder
+
+
+def resident():
+    """Resident memory of this process in bytes (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ----- Kinds of index -----
+
+
+def mixture(n, dim, rng, centres):
+    """n unit vectors of the mixture described above, fp32."""
+    share = 1 / (np.arange(len(centres)) + 10)
+    scale = ((np.arange(dim) + 1) ** -0.5).astype(np.float32)
+    out = np.empty((n, dim), np.float32)
+    for start in range(0, n, 100_000):
+        part = out[start : start + 100_000]
+        rng.standard_normal(dtype=np.float32, out=part)
+        part *= 0.7
+        part += centres[rng.choice(len(centres), size=len(part), p=share / share.sum())]
+        part *= scale
+        part /= np.linalg.norm(part, axis=1, keepdims=True)
+    return out
+
+
+def index_table(n, dim, kinds, queries=640, batch=64):
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((2000, dim)).astype(np.float32)
+    vectors, asked = mixture(n, dim, rng, centres), mixture(queries, dim, rng, centres)
+    print(f"{n:,} x {dim}, mixture of 2000; {faiss.omp_get_max_threads()} threads, faiss {faiss.__version__}, batch of {batch}")
+    print(
+        "| index | factory | build s | file MB | predicted MB | memory MB | ms a batch | recall@3 |\n|---|---|---|---|---|---|---|---|"
+    )
+    exact = None
+    for kind in kinds:
+        factory, settings, size = retrieval.plan_index(kind, n, dim)
+        before, start = resident(), time.perf_counter()
+        index = retrieval.make_index(kind, vectors)
+        built, memory = time.perf_counter() - start, resident() - before
+        rows, times = [], []
+        for i in range(0, queries, batch):
+            start = time.perf_counter()
+            rows.append(index.search(asked[i : i + batch], 3)[1])
+            times.append(time.perf_counter() - start)
+        rows = np.concatenate(rows)
+        exact = rows if kind == "Flat" else exact
+        recall = "" if exact is None else f"{np.mean([len(set(a) & set(b)) / 3 for a, b in zip(rows, exact)]):.3f}"
+        with tempfile.NamedTemporaryFile() as file:
+            faiss.write_index(index, file.name)
+            written = os.path.getsize(file.name)
+        name = factory + "".join(f", {k} {v}" for k, v in settings.items())
+        print(
+            f"| {kind} | {name} | {built:.0f} | {written / 1e6:.0f} | {size / 1e6:.0f} | {memory / 1e6:.0f} | "
+            f"{1000 * statistics.median(times):.1f} | {recall} |",
+            flush=True,
+        )
+        del index
+    for kind in kinds:
+        factory, _, size = retrieval.plan_index(kind, 21_015_324, 768)
+        print(f"wiki-18 as the paper has it, 21,015,324 x 768, {kind}: {factory}, {size / 1e9:.1f} GB")
+
+
+# ----- Recall on real questions -----
+
+
+def recall_table(questions, passages, encoder, cross_encoder):
+    records = [json.loads(line) for line in open(questions)]
+    questions = [r["question"] for r in records]
+    titles = [set(r["metadata"]["supporting_facts"]["title"]) for r in records]
+    passages = list(retrieval.load_passages(passages))
+    hashed, bm25 = HashedEncoder(passages), BM25(passages)
+    rankers = {
+        "hashed words, Flat": Dense(hashed, retrieval.make_index("Flat", hashed.encode_passages(passages))),
+        "BM25": bm25,
+    }
+    if encoder:
+        dense = TransformerEncoder(encoder)
+        vectors = dense.encode_passages(passages)
+        rankers[f"{Path(encoder).name}, Flat"] = Dense(dense, retrieval.make_index("Flat", vectors))
+        rankers[f"BM25, best 50 reordered by {Path(encoder).name}"] = Reordered(bm25, dense, vectors)
+    if cross_encoder:
+        rankers[f"BM25, best 10 reranked by {Path(cross_encoder).name}"] = Reranker(bm25, passages, cross_encoder)
+    print(
+        f"{len(questions)} questions, {len(passages)} passages\n| engine | recall@3 | recall@10 | ms a query |\n|---|---|---|---|"
+    )
+    for name, ranker in rankers.items():
+        start = time.perf_counter()
+        found = SearchEngine(passages, ranker).search(questions, 10)
+        spent = time.perf_counter() - start
+        at = lambda k: np.mean([len(want & {p.title for p in got[:k]}) / len(want) for want, got in zip(titles, found)])
+        print(f"| {name} | {at(3):.3f} | {at(10):.3f} | {1000 * spent / len(questions):.2f} |", flush=True)
+    compare_bm25(bm25, passages, questions)
+
+
+class Reordered:
+    """BM25's best 50 in the order of an encoder's cosine: a bi-encoder in a reranker's place."""
+
+    def __init__(self, ranker, encoder, vectors):
+        self.ranker, self.encoder, self.vectors = ranker, encoder, vectors
+
+    def rank(self, queries, k):
+        rows = self.ranker.rank(queries, 50)[1]
+        scores = np.einsum("sce,se->sc", self.vectors[rows], self.encoder.encode_queries(queries))
+        scores[rows < 0] = -np.inf
+        order = np.argsort(-scores, axis=1)[:, :k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def compare_bm25(bm25, passages, questions):
+    texts = [retrieval.words(HashedEncoder.text(p)) for p in passages]
+    if not importlib.util.find_spec("bm25s"):
+        print("bm25s is not installed: scores not compared")
+        return
+    import bm25s
+
+    theirs = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
+    theirs.index(texts, show_progress=False)
+    worst = 0.0
+    for question in questions:
+        scores, rows = bm25.rank([question], len(passages))
+        ours = np.zeros(len(passages))
+        ours[rows[0][rows[0] >= 0]] = scores[0][rows[0] >= 0]
+        known = [w for w in retrieval.words(question) if w in bm25.vocabulary]
+        worst = max(worst, np.abs(theirs.get_scores(known) - ours).max())
+    print(f"largest difference to bm25s {bm25s.__version__} (lucene, k1 0.9, b 0.4) over all questions and passages: {worst:.1e}")
+
+
+# ----- The server under load -----
+
+
+def server_load(requests, clients, hostile):
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "passages.jsonl"
+        names = [f"name{i}" for i in range(2000)]
+        corpus.write_text(
+            "".join(
+                json.dumps({"id": str(i), "contents": f'"T{i}"\n{" ".join(rng.choices(names, k=40))}'}) + "\n" for i in range(5000)
+            )
+        )
+        engine = retrieval.build_index(retrieval.load_passages(corpus))
+        direct = SearchEngine(engine.passages, engine.ranker)
+        server = Server(engine, port=0)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, wrong, times = f"http://127.0.0.1:{server.server_port}/retrieve", [], []
+
+        def client(number):
+            draw = random.Random(number)
+            for _ in range(requests // clients):
+                queries = [" ".join(draw.choices(names, k=3)) for _ in range(draw.randrange(1, 9))]
+                k = draw.randrange(1, 6)
+                start = time.perf_counter()
+                got = HttpEngine(url).search(queries, k)
+                times.append(time.perf_counter() - start)
+                if got != direct.search(queries, k):
+                    wrong.append(queries)
+
+        start = time.perf_counter()
+        everyone = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+        [c.start() for c in everyone]
+        [c.join() for c in everyone]
+        print(
+            f"{len(times)} requests of {clients} clients in {time.perf_counter() - start:.1f} s (the direct calls that they are "
+            f"compared with included), median {1000 * statistics.median(times):.1f} ms; {len(wrong)} wrong answers"
+        )
+        before, statuses = resident(), {}
+        for i in range(hostile):
+            status = hostile_request(server.server_port, i, rng)
+            statuses[status] = statuses.get(status, 0) + 1
+        print(f"{hostile} hostile requests: {dict(sorted(statuses.items(), key=str))}")
+        alive = HttpEngine(url).search(["name1 name2"], 3) == direct.search(["name1 name2"], 3)
+        print(f"still serving: {alive}; memory grew by {(resident() - before) / 1e6:.1f} MB; {threading.active_count()} threads")
+
+
+def hostile_request(port, i, rng):
+    """One of seven kinds of bad request; returns the status, or what happened instead."""
+    head = lambda length: b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length
+    bodies = [
+        b"{broken",
+        b"[" * 50000,
+        rng.randbytes(2000),
+        json.dumps({"queries": [{}]}).encode(),
+        b'{"queries": ["a"], "topk": 1e99}',
+    ]
+    kind = i % 7
+    if kind < 5:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("POST", "/retrieve" if i % 3 else "/nothing", bodies[kind])
+        return connection.getresponse().status
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        if kind == 5:  # a body far over the limit, announced and begun
+            client.sendall(head(10**12) + b"x" * 10000)
+            return client.recv(100).split(b" ")[1].decode() + " (huge)"
+        client.sendall(head(1000) + b"{")  # half a body, and gone
+        return "hung up"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("index")
+    p.add_argument("--n", type=int, default=1_000_000)
+    p.add_argument("--dim", type=int, default=384)
+    p.add_argument("--kinds", nargs="+", default=["Flat", "IVF-SQ8", "IVF-SQ4", "IVF-PQ", "HNSW"])
+    p = commands.add_parser("recall")
+    p.add_argument("questions")
+    p.add_argument("passages")
+    p.add_argument("--encoder", help="folder or hub id of an encoder")
+    p.add_argument("--cross-encoder", help="folder or hub id of a cross-encoder")
+    p = commands.add_parser("server")
+    for name, default in (("requests", 2000), ("clients", 16), ("hostile", 500)):
+        p.add_argument(f"--{name}", type=int, default=default)
+    args = vars(parser.parse_args(argv))
+    {"index": index_table, "recall": recall_table, "server": server_load}[args.pop("command")](**args)
+
+
+if __name__ == "__main__":
+    main()
