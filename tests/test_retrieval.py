@@ -41,7 +41,8 @@ class Fixed:
 
 
 def test_the_flat_index_is_brute_force():
-    """Claim: ids and order are those of a full sort of all inner products in float64, on random unit vectors.
+    """Claim: ids and order are those of a full sort of all inner products in float64, on random vectors, and do not change
+    when the passages are shuffled.
     Fails if: rows_K is read in reverse, encoded queries and their rows fall out of step, or an empty query is encoded.
     """
     rng = np.random.default_rng(0)
@@ -52,6 +53,10 @@ def test_the_flat_index_is_brute_force():
     engine = SearchEngine([Passage(str(i), "", "x") for i in range(500)], Dense(Fixed(queries), index))
     got = [[int(p.id) for p in found] for found in engine.search([str(i) for i in range(40)], 7)]
     want = np.argsort(-(queries.astype(np.float64) @ vectors.T.astype(np.float64)), axis=1)[:, :7]
+    shuffled, order = faiss.index_factory(64, "Flat", faiss.METRIC_INNER_PRODUCT), rng.permutation(500)
+    shuffled.add(vectors[order])
+    mirror = SearchEngine([engine.passages[i] for i in order], Dense(Fixed(queries), shuffled))
+    assert mirror.search([str(i) for i in range(40)], 7) == engine.search([str(i) for i in range(40)], 7)
     assert got == want.tolist() and engine.search(["", " \n"], 7) == [[], []]  # an empty query has neighbours, too
 
 
@@ -561,7 +566,8 @@ def test_the_server_survives_clients_that_lie_and_hang_up(server, monkeypatch, c
     server down or leaves a thread behind for good.
     Fails if: Handler has no timeout, or an exception of the engine is not turned into 500.
     """
-    monkeypatch.setattr(retrieval.Handler, "timeout", 0.3)
+    assert 0 < retrieval.Handler.timeout <= 60
+    monkeypatch.setattr(retrieval.Handler, "timeout", 0.3)  # so that the test need not wait
     head = b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
     open_ones = []
     for text, hang_up in (
@@ -586,10 +592,21 @@ def test_the_server_survives_clients_that_lie_and_hang_up(server, monkeypatch, c
 
 def test_concurrent_clients_get_their_own_answers(server):
     """Claim: eight clients at once, 160 requests of different queries: each answer equals the direct call.
-    Fails if: the engine's lock is taken out and a ranker keeps state, or answers are shared between requests.
+    Fails if: the engine's lock is taken out (`with self.lock` -> `if True` in search_scores): two searches meet in the ranker.
     """
     url, wrong = f"http://127.0.0.1:{server.server_port}/retrieve", []
-    direct = SearchEngine(server.engine.passages, server.engine.ranker)
+    direct, rank, inside = SearchEngine(server.engine.passages, server.engine.ranker), server.engine.ranker.rank, []
+
+    def alone(queries, k):  # a ranker in which two threads must not meet
+        inside.append(queries)
+        time.sleep(0.002)
+        found = rank(queries, k)
+        if len(inside) > 1:
+            wrong.append("two at once")
+        inside.remove(queries)
+        return found
+
+    server.engine.ranker = type("Alone", (), {"rank": staticmethod(alone)})
 
     def client(number):
         rng = random.Random(number)
@@ -606,7 +623,7 @@ def test_concurrent_clients_get_their_own_answers(server):
 
 
 def test_the_client_tries_again_and_never_invents_an_empty_result(server, monkeypatch):
-    """Claim: refused connections, 5xx and answers that are no JSON are tried again; then there is one SearchFailed with the
+    """Claim: refused connections, silence, 5xx and answers that are no JSON are tried again; then there is one SearchFailed with the
     address. A refusal of the server (4xx) and an answer of the wrong length fail at once. Empty queries are not sent.
     Fails if: the `else` of the loop returns empty lists, or the number of lists is not checked.
     """
@@ -630,6 +647,11 @@ def test_the_client_tries_again_and_never_invents_an_empty_result(server, monkey
         HttpEngine(url).search(["name1"], 3)
     with pytest.raises(SearchFailed, match="refuses the request: HTTP 404"):
         HttpEngine(url + "/wrong").search(["name1"], 3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(SearchFailed, match="timed out"):
+            HttpEngine(f"http://127.0.0.1:{silent.getsockname()[1]}/retrieve", timeout=0.2, attempts=2, wait=0.01).search(
+                ["name1"], 3
+            )
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{unused.getsockname()[1]}/retrieve"
