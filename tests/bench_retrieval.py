@@ -115,7 +115,8 @@ def recall_table(questions, passages, encoder, cross_encoder):
     if encoder:
         dense = TransformerEncoder(encoder)
         vectors = dense.encode_passages(passages)
-        rankers[f"{Path(encoder).name}, Flat"] = Dense(dense, retrieval.make_index("Flat", vectors))
+        for kind in ("Flat", "SQ8", "SQ4"):  # what rounding real embeddings to a byte or half of one costs
+            rankers[f"{Path(encoder).name}, {kind}"] = Dense(dense, retrieval.make_index(kind, vectors))
         rankers[f"BM25, best 50 reordered by {Path(encoder).name}"] = Reordered(bm25, dense, vectors)
     if cross_encoder:
         rankers[f"BM25, best 10 reranked by {Path(cross_encoder).name}"] = Reranker(bm25, passages, cross_encoder)
