@@ -25,6 +25,7 @@ Shapes: N passages, S queries in flight, E embedding, K top-k.
 import argparse
 import gzip
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -742,8 +743,8 @@ class HttpEngine:
                 trouble = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
                 if error.code < 500:
                     raise SearchFailed(f"{self.url} refuses the request: {trouble}") from None
-            except (OSError, ValueError) as error:  # refused, timed out, cut off; no JSON
-                trouble = str(error)
+            except (OSError, http.client.HTTPException, ValueError) as error:  # refused, timed out; cut off; no JSON
+                trouble = f"{type(error).__name__} {error}"
         else:
             if asked:
                 raise SearchFailed(f"{self.url} did not answer in {self.attempts} attempts: {trouble}")

@@ -298,7 +298,7 @@ def test_skipping_slices_stays_within_its_bound_and_tau_zero_is_lossless(impl):
     Fails if: the mass of a slice is taken relative to the running maximum (`torch.exp((share[:, 0] - state[0]) / T)` ->
     1), not divided by the sum, or the target's own slice may be skipped (`| own_Kn` taken out).
     """
-    n, V, chunk, T = 5, 96, 8, 0.5
+    n, V, chunk, T = 4, 64, 8, 0.5
     hidden, ref_hidden = rand(n, V, scale=3), rand(n, V)  # the head is the identity: hidden's gradient is the logits'
     target, eye = integers(V, n), torch.eye(V, device=DEVICE)
     grads = {}

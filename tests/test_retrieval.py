@@ -623,7 +623,7 @@ def test_concurrent_clients_get_their_own_answers(server):
 
 
 def test_the_client_tries_again_and_never_invents_an_empty_result(server, monkeypatch):
-    """Claim: refused connections, silence, 5xx and answers that are no JSON are tried again; then there is one SearchFailed with the
+    """Claim: refused connections, silence, 5xx, answers cut short or that are no JSON are tried again; then there is one SearchFailed with the
     address. A refusal of the server (4xx) and an answer of the wrong length fail at once. Empty queries are not sent.
     Fails if: the `else` of the loop returns empty lists, or the number of lists is not checked.
     """
@@ -647,6 +647,19 @@ def test_the_client_tries_again_and_never_invents_an_empty_result(server, monkey
         HttpEngine(url).search(["name1"], 3)
     with pytest.raises(SearchFailed, match="refuses the request: HTTP 404"):
         HttpEngine(url + "/wrong").search(["name1"], 3)
+    with socket.create_server(("127.0.0.1", 0)) as cutting:
+
+        def cut():
+            for _ in range(2):
+                client = cutting.accept()[0]
+                while not client.recv(65536).endswith(b"}"):
+                    pass  # all of the request: what is left unread would reset the connection
+                client.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"result": [')
+                client.close()
+
+        threading.Thread(target=cut, daemon=True).start()
+        with pytest.raises(SearchFailed, match="did not answer in 2 attempts: IncompleteRead"):
+            HttpEngine(f"http://127.0.0.1:{cutting.getsockname()[1]}/retrieve", attempts=2, wait=0.01).search(["name1"], 3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(SearchFailed, match="timed out"):
             HttpEngine(f"http://127.0.0.1:{silent.getsockname()[1]}/retrieve", timeout=0.2, attempts=2, wait=0.01).search(

@@ -255,37 +255,37 @@ def test_the_same_seed_gives_the_same_metrics_twice(small_base):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--algo", "grpo"], ["--algo", "ppo", "--critic-warmup-steps", "1"], ["--algo", "reinforce", "--kl-in", "reward"]]
+    "flags", [["--algo", "grpo"], ["--algo", "ppo", "--critic-warmup-steps", "0"], ["--algo", "reinforce", "--kl-in", "reward"]]
 )
 def test_a_resumed_run_is_the_uninterrupted_run(small_base, flags):
-    """Claim: killed after step 2 of 4 and resumed, the metrics and weights are those of a run that was left alone.
+    """Claim: killed after step 1 of 2 and resumed, the metrics and weights are those of a run that was left alone.
     Fails if: restore() forgets the optimiser, or a step's randomness depends on the steps before it.
     """
-    run = SMALL + flags + ["--steps", "4", "--save-every", "2"]
+    run = SMALL + flags + ["--steps", "2", "--save-every", "1"]
     train.main(run + ["--output-dir", "whole"])
-    shutil.copytree("whole", "killed", ignore=shutil.ignore_patterns("checkpoint-4"))  # as if it had died before that
+    shutil.copytree("whole", "killed", ignore=shutil.ignore_patterns("checkpoint-2"))  # as if it had died before that
     train.main(["--resume", "killed"])
     assert metrics("killed") == metrics("whole")
-    states = [AutoModelForCausalLM.from_pretrained(f"{run}/checkpoint-4").state_dict() for run in ("whole", "killed")]
+    states = [AutoModelForCausalLM.from_pretrained(f"{run}/checkpoint-2").state_dict() for run in ("whole", "killed")]
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))
 
 
 def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, capsys):
-    """Claim: Ctrl-C in step 2 ends the run after step 2, with a checkpoint and one line that says how to go on; what is
+    """Claim: Ctrl-C in step 1 ends the run after step 1, with a checkpoint and one line that says how to go on; what is
     resumed is the run that was not interrupted.
     Fails if: `or stop` is removed from the condition that saves.
     """
-    run = SMALL + ["--steps", "3"]
+    run = SMALL + ["--steps", "2"]
     train.main(run + ["--output-dir", "whole"])
     draw = data.draw_questions
     monkeypatch.setattr(
         data,
         "draw_questions",
-        lambda *args: os.kill(os.getpid(), signal.SIGINT) or draw(*args) if len(metrics("stopped")) == 2 else draw(*args),
+        lambda *args: os.kill(os.getpid(), signal.SIGINT) or draw(*args) if len(metrics("stopped")) == 1 else draw(*args),
     )
     with pytest.raises(SystemExit) as stopped:
         train.main(run + ["--output-dir", "stopped"])
-    assert stopped.value.code == 130 and len(metrics("stopped")) == 3 and "--resume stopped" in capsys.readouterr().out
+    assert stopped.value.code == 130 and len(metrics("stopped")) == 2 and "--resume stopped" in capsys.readouterr().out
     monkeypatch.setattr(data, "draw_questions", draw)
     train.main(["--resume", "stopped"])
     assert metrics("stopped") == metrics("whole")
