@@ -494,7 +494,7 @@ def server(corpus):
     """The made-up passages behind a server on a free port."""
     engine = SearchEngine(load_passages(corpus), BM25(load_passages(corpus)))
     server = Server(engine, port=0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # looks every 10 ms whether to end
     yield server
     server.shutdown()
     server.server_close()

@@ -1,6 +1,7 @@
 """Claims about the loop, on models too small to learn anything: what is checked is that the arithmetic is right."""
 
 import copy
+import functools
 import json
 import os
 import random
@@ -28,6 +29,9 @@ SMALL = (
 )
 
 
+make_world = functools.lru_cache(data.make_world)
+
+
 @pytest.fixture()
 def small_base(monkeypatch, tmp_path, tokenizer):
     """A run in an empty folder, with a random model in place of the base model, that now and then answers something, and
@@ -36,6 +40,8 @@ def small_base(monkeypatch, tmp_path, tokenizer):
     model = random_model(tokenizer, loud=("<search>", "</search>", "<answer>", "</answer>"))
     monkeypatch.setattr(data, "base_model", lambda config, cache: (copy.deepcopy(model), tokenizer, "random"))
     monkeypatch.setattr(train, "plot_runs", lambda runs, path: path.touch())
+    monkeypatch.setattr(data, "make_world", make_world)  # once for all tests, and without asking the oracle (test_data does)
+    monkeypatch.setattr(data, "oracle_exact_match", lambda *_: 1.0)
 
 
 def metrics(folder):
