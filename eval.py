@@ -257,7 +257,9 @@ def main(argv=None):
     parser.add_argument(
         "--data", help="question file (JSON lines: id, question, golden_answers); default: the tiny world's held-out questions"
     )
-    parser.add_argument("--corpus", help="passage file, DIR of an index, bm25:FILE or DIR, http://...; default: what the checkpoint was trained with")
+    parser.add_argument(
+        "--corpus", help="passage file, DIR of an index, bm25:FILE or DIR, http://...; default: what the checkpoint was trained with"
+    )
     parser.add_argument("--world-seed", type=int, help="another tiny world than the checkpoint's")
     parser.add_argument("--limit", type=int, default=0, help="a fixed sample of N questions (default: all)")
     parser.add_argument("--top-k", type=int, help="passages a search (default: as trained)")
