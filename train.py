@@ -591,20 +591,26 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
             record["tokens_per_s"] = sum(len(r.ids) for r in rollouts) / seconds
 
             # Phase 8. Evaluate and save.
+            gone = None
             if step % config.eval_every == 0 or step == config.steps:
-                metrics, after = evaluation(step)
+                try:
+                    metrics, after = evaluation(step)
+                except SearchFailed as error:  # the step itself is done: it is logged and saved, without its evaluation
+                    gone, metrics = error, {}
                 record |= metrics
-                held_out_em = (
-                    " / ".join(f"{metrics[name]:.2f}" for name in ("eval/em_1hop", "eval/em_2hop") if name in metrics)
-                    or f"{metrics['eval/em']:.2f}"
-                )
+                names = ("eval/em_1hop", "eval/em_2hop") if "eval/em_1hop" in metrics else ("eval/em",)
+                held_out_em = " / ".join(f"{metrics[name]:.2f}" for name in names if name in metrics) or "-"
             append_line(out / "metrics.jsonl", record)
             append_line(out / "samples.jsonl", sample_record(step, questions[0], rollouts[0], tokenizer))
             bar.set_postfix_str(
                 f"reward {record['reward/mean']:.2f}, searches {record['env/number_of_valid_search']:.2f}, held-out EM {held_out_em}"
             )
-            if step == config.steps or stop or (config.save_every and step % config.save_every == 0):
+            if step == config.steps or stop or gone or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(out, step, models, tokenizer, config, settings)
+            if gone:
+                raise SearchFailed(
+                    f"{gone}; saved after step {step}, which was not evaluated; python train.py --resume {out} goes on"
+                )
             if stop and step < config.steps:
                 bar.close()
                 print(f"stopped after step {step} and saved; continue with: python train.py --resume {out}")

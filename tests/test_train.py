@@ -324,6 +324,30 @@ def test_a_search_engine_that_goes_away_ends_the_run_and_loses_no_step(small_bas
     assert metrics("broken") == metrics("whole")
 
 
+def test_an_engine_that_goes_away_during_an_evaluation_costs_the_evaluation_only(small_base, monkeypatch):
+    """Claim: if the evaluation of step 1 cannot search, step 1 is logged and saved all the same, and the resumed run has the
+    other steps of a run in which nothing failed.
+    Fails if: evaluation(step) is not guarded in the loop, or the run goes on as if nothing had been.
+    """
+    run = SMALL + ["--eval-every", "1"]
+    train.main(run + ["--output-dir", "whole"])
+    evaluate = train.evaluate
+
+    def fragile(*args, **settings):
+        if Path("broken/metrics.jsonl").exists():
+            raise SearchFailed("http://nowhere did not answer")
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(train, "evaluate", fragile)
+    with pytest.raises(SearchFailed, match="nowhere did not answer; saved after step 1, which was not evaluated"):
+        train.main(run + ["--output-dir", "broken"])
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    train.main(["--resume", "broken"])
+    whole, broken = metrics("whole"), metrics("broken")
+    assert broken[1] == {k: v for k, v in whole[1].items() if not k.startswith("eval/")}
+    assert broken[:1] + broken[2:] == whole[:1] + whole[2:]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
