@@ -15,7 +15,7 @@ The smallest engine here is made in memory in a second and needs no model: hashe
     5. second look  Reranker                a cross-encoder reorders the best few
     6. R            SearchEngine            any of these behind the one call
     7. on disk      build, load_engine      python retrieval.py build PASSAGES.jsonl --output DIR
-    8. over HTTP    serve, HttpEngine       python retrieval.py serve DIR; the protocol of the official server
+    8. over HTTP    Server, HttpEngine      python retrieval.py serve DIR; the protocol of the official server
        engine_from  FILE, DIR, bm25:DIR or http://host:port/retrieve -> something with search()
 
 A ranker is anything with rank(queries, k) -> (scores [S, k], rows [S, k]), best first, row -1 where nothing was found.
@@ -730,26 +730,26 @@ class HttpEngine:
     def search_scores(self, queries, top_k):
         """The same as pairs (Passage, score), nan where the server gives none."""
         asked = [q for q in dict.fromkeys(queries) if q.strip()]
+        found = self.ask(asked, top_k) if asked else {}
+        return [list(found.get(q, [])) for q in queries]
+
+    def ask(self, asked, top_k):
+        """Different queries -> {query: what was found}, in as many attempts as it takes."""
         body = json.dumps({"queries": asked, "topk": top_k, "return_scores": True}).encode()
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        for attempt in range(self.attempts if asked else 0):
+        for attempt in range(self.attempts):
             if attempt:
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    found = dict(zip(asked, self.read(json.load(response), len(asked), top_k)))
-                break
+                    return dict(zip(asked, self.read(json.load(response), len(asked), top_k)))
             except urllib.error.HTTPError as error:
                 trouble = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
                 if error.code < 500:
                     raise SearchFailed(f"{self.url} refuses the request: {trouble}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:  # refused, timed out; cut off; no JSON
                 trouble = f"{type(error).__name__} {error}"
-        else:
-            if asked:
-                raise SearchFailed(f"{self.url} did not answer in {self.attempts} attempts: {trouble}")
-            found = {}
-        return [list(found.get(q, [])) for q in queries]
+        raise SearchFailed(f"{self.url} did not answer in {self.attempts} attempts: {trouble}")
 
     def read(self, answer, count, top_k):
         """The JSON of an answer -> lists of (Passage, score); SearchFailed if it is not one list for each query."""

@@ -298,8 +298,9 @@ def test_skipping_slices_stays_within_its_bound_and_tau_zero_is_lossless(impl):
     Fails if: the mass of a slice is taken relative to the running maximum (`torch.exp((share[:, 0] - state[0]) / T)` ->
     1), not divided by the sum, or the target's own slice may be skipped (`| own_Kn` taken out).
     """
-    n, V, chunk, T = 4, 64, 8, 0.5
-    hidden, ref_hidden = rand(n, V, scale=3), rand(n, V)  # the head is the identity: hidden's gradient is the logits'
+    n, V, chunk, T = 6, 64, 4, 0.5
+    spread = torch.linspace(1, 3, n, device=DEVICE)[:, None]  # from rows that share their probability to rows that do not
+    hidden, ref_hidden = spread * rand(n, V), rand(n, V)  # the head is the identity: hidden's gradient is the logits'
     target, eye = integers(V, n), torch.eye(V, device=DEVICE)
     grads = {}
     for tau in (None, 0.0, 1e-3):

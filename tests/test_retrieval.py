@@ -625,7 +625,7 @@ def test_concurrent_clients_get_their_own_answers(server):
 def test_the_client_tries_again_and_never_invents_an_empty_result(server, monkeypatch):
     """Claim: refused connections, silence, 5xx, answers cut short or that are no JSON are tried again; then there is one SearchFailed with the
     address. A refusal of the server (4xx) and an answer of the wrong length fail at once. Empty queries are not sent.
-    Fails if: the `else` of the loop returns empty lists, or the number of lists is not checked.
+    Fails if: ask ends in `return {}` and not in SearchFailed, or the number of lists is not checked.
     """
     url = f"http://127.0.0.1:{server.server_port}/retrieve"
     want = server.engine.search(["name1", "name2"], 3)
