@@ -5,7 +5,7 @@ answers. All it is taught by is whether the final answer was right.
 
     1. the prompt                 Table 1          make_prompt
     2. what a turn asks for       Sec. 3.2         parse_action, format_information
-    3. the rollout                Algorithm 1      rollout, RaggedCache
+    3. the rollout                Algorithm 1      rollout, Slots, feed, sample
     4. the reward                 Sec. 3.4, Eq. 4  exact_match, outcome_reward, format_reward
     5. log-probs and the mask     Sec. 3.1, I(y_t) collate, token_logprobs, Critic
     6. KL to the reference        Eq. 1            kl_k1, kl_k2, kl_k3
@@ -38,7 +38,7 @@ import copy
 import functools
 import re
 import string
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import torch
@@ -155,90 +155,170 @@ class Rollout:
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
 
 
-class RaggedCache:
-    """Keys and values of all rows in flight, kept over turns, each row as long as it is.
+class Slots:
+    """Keys and values of the rows in flight, kept over turns: a slot a row, each row as long as it is.
 
-    Row r holds positions 0..lengths[r]-1 of its own conversation, left-aligned and without holes. What lies beyond
-    (padding of a block, leftovers) is never visible, since a query at position p sees keys 0..p only, and is
-    overwritten when the row grows. It stands in for a transformers Cache: the model calls `update`, nothing else.
+    Slot s holds positions 0..lengths[s]-1 of one conversation, left-aligned and without holes. What lies beyond
+    (leftovers of rows that left) is never visible, since a query at position p sees keys 0..p only, and is overwritten
+    when the row grows. The last column takes what padding writes. It stands in for a transformers Cache: the model
+    calls `update`, nothing else.
+
+    On a GPU the buffers have their final size, max_length, at once, so that a decoding step can be captured as a CUDA graph
+    and replayed over the same addresses; elsewhere they grow. Bytes, for max_length columns:
+    slots * (max_length + 1) * layers * 2 * key-value heads * head size * bytes a number.
 
     PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
-    keys with new weights and nobody notices; so every call of rollout() begins with an empty one.
+    keys with new weights and nobody notices; so every call of rollout() begins with `clear`. The buffers and the graphs
+    stay, because the optimiser changes weights in place: a graph reads addresses, not tensors, and a parameter that was
+    replaced by a new one would leave it sampling from the old policy.
     """
 
-    def __init__(self, rows, device):
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.layers = []  # (keys, values) [rows, heads, capacity, d]
-        self.positions_nT = None  # where the block being fed goes
-        self.width = 0  # columns that this block can see
+    def __init__(self, policy, slots, max_length, static=None):
+        self.device = policy.get_output_embeddings().weight.device
+        self.static = self.device.type == "cuda" if static is None else static
+        self.capacity = max_length + 1 if self.static else 0  # columns; the last one is never visible
+        self.layers = []  # (keys, values) [slots, heads, capacity, d]
+        self.lengths = [0] * slots
+        self.steps = {}  # (rows, columns) -> what `decode` replays
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # graphs share their scratch memory
+
+    def clear(self):
+        self.lengths = [0] * len(self.lengths)
+
+    def place(self, rows, counts, T):
+        """Say where the next block goes: counts[i] of its T ids to slot rows[i] -> their positions [n, T]."""
+        starts_n1 = torch.tensor([[self.lengths[row]] for row in rows], device=self.device)
+        counts_n1 = torch.tensor([[count] for count in counts], device=self.device)
+        self.width = max(self.lengths[row] + count for row, count in zip(rows, counts))  # columns that this block can see
+        if not self.static and self.capacity <= self.width:
+            self.capacity = self.width + self.width // 2 + 16
+        steps_T = torch.arange(T, device=self.device)
+        positions_nT = starts_n1 + steps_T
+        self.rows_n = torch.tensor(rows, device=self.device)
+        self.first_rows = list(rows) == list(range(len(rows)))
+        self.places_nT = torch.where(steps_T < counts_n1, positions_nT, self.capacity - 1)
+        return positions_nT
 
     def update(self, keys, values, layer, *_, **__):
         """keys, values [n, heads, T, d] of the block -> all keys and values of these n rows, [n, heads, width, d]."""
         n, heads, _, d = keys.shape
         if layer == len(self.layers):
-            self.layers.append((keys.new_zeros(n, heads, 0, d), values.new_zeros(n, heads, 0, d)))
-        rows_n1 = torch.arange(n, device=keys.device)[:, None]
-        kept = []
-        for store, new in zip(self.layers[layer], (keys, values)):
-            if store.shape[2] < self.width:
+            self.layers.append([new.new_zeros(len(self.lengths), heads, 0, d) for new in (keys, values)])
+        stores = self.layers[layer]
+        for i, new in enumerate((keys, values)):
+            if stores[i].shape[2] < self.capacity:
                 # Zeros, not empty memory: a masked NaN times an attention weight of 0 is still NaN.
-                room = new.new_zeros(len(store), heads, self.width + self.width // 8 + 16 - store.shape[2], d)
-                store = torch.cat([store, room], dim=2)
-            store[rows_n1, :, self.positions_nT] = new.transpose(1, 2)
-            kept.append(store)
-        self.layers[layer] = tuple(kept)
-        return tuple(store[:n, :, : self.width] for store in kept)
+                room = new.new_zeros(len(self.lengths), heads, self.capacity - stores[i].shape[2], d)
+                stores[i] = torch.cat([stores[i], room], dim=2)
+            stores[i][self.rows_n[:, None], :, self.places_nT] = new.transpose(1, 2)
+        seen = [store[:, :, : self.width] for store in stores]
+        return tuple(store[:n] if self.first_rows else store[self.rows_n] for store in seen)
 
     def get_seq_length(self, *_):
         return 0  # asked for by models that would guess positions; ours are always given
 
-    def select(self, rows):
-        """New row i = old row rows[i]: fans a prompt out to its group, drops finished rows, gathers the live ones."""
-        index = torch.tensor(rows, device=self.lengths.device)
-        self.lengths = self.lengths[index]
-        self.layers = [tuple(store.index_select(0, index) for store in layer) for layer in self.layers]
+    def copy(self, source, targets):
+        """Slots `targets` become what slot `source` is: a prompt is fanned out to its group, a row moves to a free slot."""
+        length = self.lengths[source]
+        for row in targets:
+            self.lengths[row] = length
+            for store in (store for layer in self.layers for store in layer):
+                store[row, :, :length] = store[source, :, :length]
 
 
-def feed(policy, cache, ids_nT, counts_n):
-    """Append counts_n[r] of the T ids to row r of the cache -> next-token logits [n, V] fp32, after the last of them.
-
-    A row with count 0 is fed padding and stays as it was. One function serves the prompt (T long, cache empty), a
-    decoding step (T = 1) and retrieved passages (T long, cache full): nothing is ever encoded twice.
-    """
-    n, T = ids_nT.shape
-    device = ids_nT.device
-    start_n = cache.lengths[:n]
-    cache.positions_nT = start_n[:, None] + torch.arange(T, device=device)
-    cache.width = int(start_n.max()) + T
-    visible_nTw = torch.arange(cache.width, device=device) <= cache.positions_nT[:, :, None]
-    bias_n1Tw = torch.zeros(visible_nTw.shape, dtype=policy.dtype, device=device).masked_fill_(
+def hidden_states(policy, cache, ids_nT, positions_nT):
+    """Run the model's body over a block that `cache.place` has placed -> hidden states [n, T, D]."""
+    visible_nTw = torch.arange(cache.width, device=ids_nT.device) <= positions_nT[:, :, None]
+    bias_n1Tw = torch.zeros(visible_nTw.shape, dtype=policy.dtype, device=ids_nT.device).masked_fill_(
         ~visible_nTw, torch.finfo(policy.dtype).min
     )[:, None]
-    hidden_nTD = policy.base_model(
-        input_ids=ids_nT, attention_mask=bias_n1Tw, position_ids=cache.positions_nT, past_key_values=cache, use_cache=True
+    return policy.base_model(
+        input_ids=ids_nT, attention_mask=bias_n1Tw, position_ids=positions_nT, past_key_values=cache, use_cache=True
     ).last_hidden_state
-    cache.lengths[:n] += counts_n
-    last_nD = hidden_nTD[torch.arange(n, device=device), (counts_n - 1).clamp_min(0)]
+
+
+def decode(policy, cache, ids_n1, positions_n1):
+    """hidden_states() of one id a row, over static buffers: on a GPU a CUDA graph, replayed -> [n, 1, D].
+
+    A token is hundreds of small kernels; started one by one from Python they take longer than reading all weights. A graph
+    starts them at once, but for fixed shapes: rows are padded to slots, slots/2, slots/4, ..., columns to a multiple of
+    256, and each pair gets its graph when it first occurs. Rows that only fill up are free slots: what they write is
+    overwritten by the next prompt.
+    """
+    n, rows, hidden_column = len(ids_n1), len(cache.lengths), cache.capacity - 1
+    while rows // 2 >= n:
+        rows //= 2
+    width = min(hidden_column, -(-cache.width // 256) * 256)
+    if (rows, width) not in cache.steps:
+        inputs, rows_n = ids_n1.new_zeros(3, rows, 1), torch.arange(rows, device=cache.device)
+
+        def run():
+            cache.rows_n, cache.first_rows, cache.width, cache.places_nT = rows_n, True, width, inputs[2]
+            return hidden_states(policy, cache, inputs[0], inputs[1])
+
+        inputs[2] = hidden_column  # capturing runs the step, too: it may not write into anybody's keys
+        cache.steps[rows, width] = inputs, captured(run, cache)
+    inputs, replay = cache.steps[rows, width]
+    inputs[:, :n] = torch.stack([ids_n1, positions_n1, cache.places_nT])
+    return replay()[:n]
+
+
+def captured(run, cache):
+    """run() -> tensor, as a function that replays it: a CUDA graph, or on a CPU run itself."""
+    if cache.device.type != "cuda":
+        return run
+    aside = torch.cuda.Stream()  # the first calls choose kernels and take workspaces, which a capture must not do
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run(), run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=cache.pool):
+        out = run()
+    return lambda: (graph.replay(), out)[1]
+
+
+FEED_TOKENS = 2**16  # rows x columns of one forward pass over blocks: what bounds the memory of encoding prompts and passages
+
+
+def feed(policy, cache, rows, blocks):
+    """Append blocks[i], a list of ids, to slot rows[i] -> next-token logits [n, V] fp32, after the last id of each.
+
+    One function serves the prompt (a long block, slot empty), a decoding step (one id) and retrieved passages (a long
+    block, slot full): nothing is ever encoded twice. An empty block is padding and leaves its slot as it was.
+    """
+    longest = max(cache.lengths[row] + len(block) for row, block in zip(rows, blocks))
+    most = max(1, FEED_TOKENS // longest)
+    if max(map(len, blocks)) > 1 and len(rows) > most:  # in pieces, blocks of like length together
+        order = sorted(range(len(rows)), key=lambda i: len(blocks[i]))
+        pieces = [order[at : at + most] for at in range(0, len(order), most)]
+        logits = [feed(policy, cache, [rows[i] for i in piece], [blocks[i] for i in piece]) for piece in pieces]
+        return torch.cat(logits)[torch.tensor(order, device=cache.device).argsort()]
+    counts, T = [len(block) for block in blocks], max(map(len, blocks))
+    ids_nT = torch.tensor([block + [0] * (T - len(block)) for block in blocks], device=cache.device)
+    positions_nT = cache.place(rows, counts, T)
+    run = decode if cache.static and cache.first_rows and T == 1 else hidden_states
+    hidden_nTD = run(policy, cache, ids_nT, positions_nT)
+    for row, count in zip(rows, counts):
+        cache.lengths[row] += count
+    last_n = torch.tensor([max(0, count - 1) for count in counts], device=cache.device)
+    last_nD = hidden_nTD[torch.arange(len(rows), device=cache.device), last_n]
     return matmul_fp32(last_nD, policy.get_output_embeddings().weight.T)
 
 
-def feed_lists(policy, cache, blocks):
-    """feed() for lists of ids of different lengths."""
-    device = cache.lengths.device
-    ids_nT = torch.nn.utils.rnn.pad_sequence([torch.tensor(block) for block in blocks], batch_first=True).to(device)
-    return feed(policy, cache, ids_nT, torch.tensor([len(block) for block in blocks], device=device))
-
-
-def sample(logits_nV, temperature, generator=None):
+def sample(logits_nV, temperature, draws_n=None):
     """[n, V] fp32 -> ids [n] and their log-probs [n] under softmax(logits / temperature); temperature 0 is greedy.
 
-    No top-k, no top-p: what is sampled must be the distribution whose log-probs are trained. PITFALL: transformers'
+    draws_n: a uniform number from [0, 1) a row, float64; the token is where the cumulated probabilities pass it. No top-k,
+    no top-p: what is sampled must be the distribution whose log-probs are trained. PITFALL: transformers'
     generate(do_sample=True) cuts to the 50 most likely tokens unless told otherwise.
     """
     logprobs_nV = torch.log_softmax(logits_nV / (temperature or 1.0), dim=-1)
-    ids_n1 = (
-        logprobs_nV.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(logprobs_nV.exp(), 1, generator=generator)
-    )
+    if temperature == 0:
+        ids_n1 = logprobs_nV.argmax(-1, keepdim=True)
+    else:  # float64: in fp32 the sum over 150,000 tokens drifts by more than a rare token's probability
+        passed_nV = logprobs_nV.exp().cumsum(-1, dtype=torch.float64)
+        ids_n1 = torch.searchsorted(passed_nV, draws_n[:, None] * passed_nV[:, -1:], right=True).clamp_max(logits_nV.shape[1] - 1)
     return ids_n1[:, 0], logprobs_nV.gather(1, ids_n1)[:, 0]
 
 
@@ -264,36 +344,13 @@ def end_ids(policy, tokenizer):
     return {i for i in [tokenizer.eos_token_id, *configured] if i is not None}
 
 
-def write_turn(policy, tokenizer, cache, logits_nV, running, limit, temperature, generator):
-    """[Alg. 1 l. 3-5] Every running row samples tokens until `</search>`, `</answer>`, end of sequence or its limit.
+def turn_ended(r, token, tokenizer, closing, ends, limit):
+    """[Alg. 1 l. 4] Was `token`, the last of rollout r, the end of its turn: a stop tag, end of sequence, or the limit?
 
-    running: list of n Rollouts in the cache's row order; both are reordered together. Ids, log-probs and mask bits are
-    appended to the rollouts; the last token of each turn is not in the cache yet. limit(rollout) -> ids it may hold.
+    The tag is looked for in the decoded tail of THIS turn. The completing token is kept whole, overhang included.
     """
-    closing, ends = closing_ids(tokenizer), end_ids(policy, tokenizer)
-    for r in running:
-        r.turn_start = len(r.ids)
-    writing = [True] * len(running)  # rows [0, len(writing)) are fed; the rows behind them have ended their turn
-    while True:
-        ids_n, logprobs_n = sample(logits_nV, temperature, generator)
-        for row, (token, logprob) in enumerate(zip(ids_n.tolist(), logprobs_n.tolist())):
-            if not writing[row]:
-                continue
-            r = running[row]
-            r.append([token], [logprob])  # [D1] this id is what will be trained
-            # The tag is looked for in the decoded tail of THIS turn. The completing token is kept whole, overhang included.
-            tail = tokenizer.decode(r.ids[max(r.turn_start, len(r.ids) - 16) :]) if token in closing else ""
-            ended = token in ends or len(r.ids) >= limit(r) or any(tag in tail for tag in STOP_TAGS)
-            writing[row] = not ended
-        if not any(writing):
-            return
-        if sum(writing) <= 0.75 * len(writing):  # rows that wait cost as much as rows that write: move them behind
-            order = sorted(range(len(writing)), key=lambda row: not writing[row])
-            cache.select(order + list(range(len(writing), len(running))))
-            running[: len(order)] = [running[row] for row in order]
-            ids_n = ids_n[torch.tensor(order[: sum(writing)], device=ids_n.device)]
-            writing = [True] * sum(writing)
-        logits_nV = feed(policy, cache, ids_n[:, None], torch.tensor(writing, device=ids_n.device).long())
+    tail = tokenizer.decode(r.ids[max(r.turn_start, len(r.ids) - 16) :]) if token in closing else ""
+    return token in ends or len(r.ids) >= limit or any(tag in tail for tag in STOP_TAGS)
 
 
 def observation_ids(tokenizer, text, budget, closing=""):
@@ -311,12 +368,52 @@ def observation_ids(tokenizer, text, budget, closing=""):
     return ids[: max(0, budget - len(tail))] + tail
 
 
+def answer_turns(ended, tokenizer, search, top_k, last_turn, max_obs_length, max_length, invalid_message):
+    """[Alg. 1 l. 5-10] What the environment does about turns that have ended -> which of the rollouts go on, [bool].
+
+    All that search do so in one call, their order kept; passages, or the sentence for an invalid turn, are appended.
+    """
+    actions = []
+    for r in ended:
+        text = tokenizer.decode(r.ids[r.turn_start :])  # read, never re-encoded
+        action = parse_action(text)
+        # A search asked for in the last turn is not executed: [Alg. 1 l. 11] the budget is spent.
+        action = Action("none", "") if action.kind != "answer" and len(r.turns) == last_turn else action
+        r.turns.append(text)
+        r.found.append(None)
+        if action.kind == "answer":  # [Alg. 1 l. 8] the final answer ends the episode
+            r.answer, r.finished = extract_answer(text), True
+        r.num_valid_actions += action.kind in ("search", "answer")
+        actions.append(action)
+
+    # [Alg. 1 l. 6-7] d = R(q)
+    asking = [(r, action.content) for r, action in zip(ended, actions) if action.kind == "search"]
+    results = search([query for _, query in asking], top_k) if asking else []
+    if len(results) != len(asking):
+        raise RuntimeError(f"the search engine returned {len(results)} lists for {len(asking)} queries")
+    for (r, query), passages in zip(asking, results):
+        r.searches.append(query)
+        r.found[-1] = passages
+
+    going_on = []
+    for r, action in zip(ended, actions):
+        room, block = max_length - len(r.ids) - 1, []  # one token at least must be left for the policy
+        if action.kind == "search":
+            block = observation_ids(tokenizer, format_information(r.found[-1]), min(max_obs_length, room), "</information>\n\n")
+        elif action.kind == "invalid":  # [Alg. 1 l. 9] neither search nor answer: the environment says so
+            block = observation_ids(tokenizer, invalid_message, min(max_obs_length, room))
+        going_on.append(0 < len(block) <= room)  # [D5] if not, the length budget is spent: the episode ends, the prompt stays
+        if going_on[-1]:
+            r.append(block)  # retrieved: mask 0
+    return going_on
+
+
 @torch.no_grad()
 def rollout(
     policy, tokenizer, questions, search, group_size=1, max_turns=4, max_new_tokens=500, max_obs_length=500, max_length=4096,
-    top_k=3, temperature=1.0, do_search=True, invalid_message=INVALID_ACTION, generator=None,
+    top_k=3, temperature=1.0, do_search=True, invalid_message=INVALID_ACTION, generator=None, cache=None,
 ):  # fmt: skip
-    """[Algorithm 1] Multi-turn generation with search, for all questions and their groups at once -> list[Rollout].
+    """[Algorithm 1] Multi-turn generation with search, for all questions and their groups -> list[Rollout].
 
     policy          causal LM of transformers, or anything with base_model, get_output_embeddings and dtype
     questions       list of Q str; the rollouts come back in their order, group_size of each in a row (B = Q*G)
@@ -325,7 +422,12 @@ def rollout(
     max_new_tokens  a turn; max_obs_length: tokens of a block of passages; max_length: prompt and all that follows
     temperature     0 is greedy;  generator: torch.Generator on the policy's device
     do_search       False is the paper's R1: its own prompt, one turn
+    cache           Slots to work in; it decides how many rollouts are in flight at once. None: all (on a GPU 64)
     Raises ValueError if a prompt leaves no room within max_length, RuntimeError if the engine loses a query.
+
+    Rows do not wait for each other: a finished one gives its slot to the next question, and as soon as a quarter of the
+    rows have ended their turn these are served, while the others are in the middle of theirs. Which rows
+    run side by side changes nothing: the draw that picks a token belongs to its rollout and position.
     """
     device = policy.get_output_embeddings().weight.device
     prompts = [tokenizer(make_prompt(q, tokenizer, do_search), add_special_tokens=False)["input_ids"] for q in questions]
@@ -341,61 +443,69 @@ def rollout(
     ]
     if not rollouts:
         return []
-
-    # A prompt is encoded once and fanned out to its group.
-    cache = RaggedCache(len(prompts), device)
-    logits_nV = feed_lists(policy, cache, prompts)
-    group_rows = [q for q in range(len(questions)) for _ in range(group_size)]
-    cache.select(group_rows)
-    logits_nV = logits_nV[torch.tensor(group_rows, device=device)]
-    running = list(rollouts)  # in the order of the cache's rows
-
+    cache = cache or Slots(policy, len(rollouts) if device.type != "cuda" else max(64, group_size), max_length)
+    if len(cache.lengths) < group_size:
+        raise ValueError(f"{len(cache.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")
+    cache.clear()
+    draws_BL = (
+        torch.rand(len(rollouts), max_length, dtype=torch.float64, generator=generator, device=device) if temperature else None
+    )
+    closing, ends = closing_ids(tokenizer), end_ids(policy, tokenizer)
     last_turn = max_turns if do_search else 0
-    for turn in range(last_turn + 1):  # [Alg. 1 l. 2, 10] while b < B, and one turn more
-        limit = lambda r: min(r.turn_start + max_new_tokens, max_length)
-        write_turn(policy, tokenizer, cache, logits_nV, running, limit, temperature, generator)
 
-        actions = []
-        for r in running:
-            text = tokenizer.decode(r.ids[r.turn_start :])  # read, never re-encoded
-            action = parse_action(text)
-            r.turns.append(text)
-            r.found.append(None)
-            if action.kind == "answer":  # [Alg. 1 l. 8] the final answer ends the episode
-                r.answer, r.finished = extract_answer(text), True
-            r.num_valid_actions += action.kind == "answer" or (action.kind == "search" and turn < last_turn)
-            actions.append(action)
-        if turn == last_turn:
-            break  # [Alg. 1 l. 11] the budget is spent; a search asked for here is not executed
+    groups = deque(range(0, len(rollouts), group_size))  # waiting questions: the number of the group's first rollout
+    running = []  # numbers of the rollouts in flight, in the order of their slots
+    writing = set()  # those of them whose turn goes on
 
-        # [Alg. 1 l. 6-7] d = R(q), for all rows that search in one call; order is kept.
-        asking = [i for i, action in enumerate(actions) if action.kind == "search"]
-        results = search([actions[i].content for i in asking], top_k) if asking else []
-        if len(results) != len(asking):
-            raise RuntimeError(f"the search engine returned {len(results)} lists for {len(asking)} queries")
-        for i, passages in zip(asking, results):
-            running[i].searches.append(actions[i].content)
-            running[i].found[-1] = passages
+    def write(numbers, logits_nV):
+        """[Alg. 1 l. 4] Sample the next token y_t of these rollouts, append it, and see whether it ended the turn."""
+        positions = [len(rollouts[b].ids) for b in numbers]
+        ids_n, logprobs_n = sample(logits_nV, temperature, draws_BL[numbers, positions] if temperature else None)
+        for b, token, logprob in zip(numbers, ids_n.tolist(), logprobs_n.tolist()):
+            r = rollouts[b]
+            r.append([token], [logprob])  # [D1] this id is what will be trained
+            limit = min(r.turn_start + max_new_tokens, max_length)
+            (writing.discard if turn_ended(r, token, tokenizer, closing, ends, limit) else writing.add)(b)
 
-        keep, blocks = [], []
-        for i, (r, action) in enumerate(zip(running, actions)):
-            if r.finished:
-                continue
-            room = max_length - len(r.ids) - 1  # one token at least must be left for the policy
-            if action.kind == "search":
-                block = observation_ids(tokenizer, format_information(r.found[-1]), min(max_obs_length, room), "</information>\n\n")
-            else:  # [Alg. 1 l. 9] neither search nor answer: the environment says so
-                block = observation_ids(tokenizer, invalid_message, min(max_obs_length, room))
-            if not block or len(block) > room:
-                continue  # [D5] the length budget is spent: the episode ends unfinished, the prompt stays
-            r.append(block)  # retrieved: mask 0
-            keep.append(i)
-            blocks.append(r.ids[r.turn_start :][-1 - len(block) :])  # the turn's last token was not fed yet
-        if not keep:
-            break
-        cache.select(keep)
-        running = [running[i] for i in keep]
-        logits_nV = feed_lists(policy, cache, blocks)
+    while groups or running:  # [Alg. 1 l. 2-10], every rollout at its own turn b
+        # Turns that have ended: the environment answers, or the rollout leaves and the last row takes its slot.
+        ended = [b for b in running if b not in writing]
+        going_on = answer_turns(
+            [rollouts[b] for b in ended], tokenizer, search, top_k, last_turn, max_obs_length, max_length, invalid_message
+        )
+        for b in [b for b, on in zip(ended, going_on) if not on]:
+            row, last = running.index(b), running.pop()
+            if last != b:
+                cache.copy(len(running), [row])
+                running[row] = last
+            cache.lengths[len(running)] = 0
+        waiting = [row for row, b in enumerate(running) if b not in writing]
+
+        # Free slots: the next questions, as long as there is room for a whole group.
+        first = []
+        while groups and len(running) + group_size <= len(cache.lengths):
+            first.append(len(running))
+            running += range(groups[0], groups.popleft() + group_size)
+
+        # One pass over what the slots do not hold yet: prompts, or the turn's last token and the passages after it.
+        fed = waiting + first
+        if fed:
+            logits_nV = feed(policy, cache, fed, [rollouts[running[row]].ids[cache.lengths[row] :] for row in fed])
+            for row in first:  # a prompt is encoded once and fanned out to its group
+                cache.copy(row, list(range(row + 1, row + group_size)))
+            members = [[row] for row in waiting] + [list(range(row, row + group_size)) for row in first]
+            source = [i for i, rows in enumerate(members) for _ in rows]
+            numbers = [running[row] for rows in members for row in rows]
+            for b in numbers:
+                rollouts[b].turn_start = len(rollouts[b].ids)
+            write(numbers, logits_nV[torch.tensor(source, device=device)])
+
+        # A token a row and step, until a quarter of the rows wait for the environment.
+        while writing and len(running) - len(writing) < max(1, len(running) // 4):
+            rows = [row for row, b in enumerate(running) if b in writing]
+            blocks = [rollouts[b].ids[-1:] if b in writing else [] for b in running]
+            logits_nV = feed(policy, cache, list(range(len(running))), blocks)
+            write([running[row] for row in rows], logits_nV[torch.tensor(rows, device=device)])
     return rollouts
 
 

@@ -116,7 +116,7 @@ def test_a_turn_stops_at_its_first_closing_tag():
 
 def test_an_invalid_turn_is_told_so_in_the_official_words_which_are_masked():
     """Claim: neither search nor answer: the official sentence is appended, mask 0, and a turn is used up.
-    Fails if: INVALID_ACTION is reworded, or an invalid action ends the episode (`continue` for it in rollout).
+    Fails if: INVALID_ACTION is reworded, or an invalid action ends the episode (its branch in answer_turns is removed).
     """
     r, calls, tokenizer = scripted(["<think>hm</think>" + chr(0), "<answer>a</answer>"])
     sentence = "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
@@ -139,7 +139,7 @@ def test_a_sampled_end_of_sequence_is_kept_and_trained():
 def test_the_last_turn_cannot_search():
     """Claim: max_turns searches, then one more turn; a search asked for there is not executed, earns no answer and no
     passages, and is not counted as valid.
-    Fails if: `if turn == last_turn: break` is removed, or range(last_turn + 1) becomes range(last_turn).
+    Fails if: `len(r.turns) == last_turn` becomes `> last_turn`, or `last_turn - 1`.
     """
     r, calls, _ = scripted(["<search>a</search>"] * 5, max_turns=2)
     assert len(calls) == 2 and len(r.turns) == 3 and r.num_searches == 2 and r.num_valid_actions == 2
@@ -161,7 +161,7 @@ def test_without_search_there_is_one_turn_and_no_call():
 def test_the_budgets_end_turns_and_episodes_and_the_prompt_stays():
     """Claim: a turn holds at most max_new_tokens, an episode at most max_length ids [D5]; the prompt is never dropped; a
     prompt that leaves no room is refused with its length.
-    Fails if: limit forgets max_length, or rolling context drops the front.
+    Fails if: limit forgets max_length, or a block may be longer than the room (`<= room` dropped in answer_turns).
     """
     r, _, _ = scripted(["x" * 50, "y" * 50], max_new_tokens=20, max_turns=1)
     assert [len(turn) for turn in r.turns] == [20, 20]
@@ -170,6 +170,9 @@ def test_the_budgets_end_turns_and_episodes_and_the_prompt_stays():
         r, _, tokenizer = scripted(turns, max_length=full, max_turns=8)
         assert len(r.ids) <= full and not r.finished and r.response_mask[-1]
         assert tokenizer.decode(r.ids[: r.prompt_length]) == s.make_prompt("q")
+    close = len(s.make_prompt("q")) + len("<search>a</search>") + 6  # room for five tokens, too few for the closing tag
+    r, _, _ = scripted(["<search>a</search>"] * 2, max_length=close)
+    assert len(r.turns) == 1 and r.response_mask[-1]
     with pytest.raises(ValueError, match="max-length"):
         scripted(["x"], max_length=10)
 
@@ -222,7 +225,7 @@ def test_an_engine_that_loses_a_query_is_an_error():
 def test_rows_keep_their_own_conversation_when_others_end_earlier():
     """Claim: rows of different lengths, that stop, wait and leave at different times, never see each other's cache, and
     come back in the order of the questions, a group in a row.
-    Fails if: RaggedCache.select does not reorder lengths, or `running` is not reordered with the cache.
+    Fails if: Slots.copy does not copy the length, or `running[row] = last` is dropped where a row leaves.
     """
     tokenizer, script, want = s.ByteTokenizer(), {}, []
     for i in range(7):
@@ -289,7 +292,7 @@ def test_sampled_ids_are_the_trained_ids_however_a_tag_is_split():
             assert batch.ids_BL[0].tolist() == r.ids and batch.ids_BL[0, 1:][batch.mask_BT[0]].tolist() == a + b
 
 
-def rollouts_of_a_random_model(model, tokenizer, temperature, group_size=1):
+def rollouts_of_a_random_model(model, tokenizer, temperature, group_size=1, **settings):
     found = [Passage("0", "kinake", "kinake lives in gugoton."), Passage("1", "x", "the mayor of gugoton is kinake.")]
     engine = lambda queries, top_k: [found[: 1 + len(query) % 2] for query in queries]
     questions = [
@@ -299,28 +302,18 @@ def rollouts_of_a_random_model(model, tokenizer, temperature, group_size=1):
         "who is the mayor of the city where kinake lives?",
         "what is born?",
     ]
-    generator = torch.Generator().manual_seed(0)
+    settings = {"search": engine, "generator": torch.Generator().manual_seed(0), "max_length": 200} | settings
     return s.rollout(
-        model,
-        tokenizer,
-        questions,
-        engine,
-        group_size,
-        3,
-        12,
-        40,
-        200,
-        temperature=temperature,
-        invalid_message=s.RETHINK,
-        generator=generator,
-    )
+        model, tokenizer, questions, group_size=group_size, max_turns=3, max_new_tokens=12, max_obs_length=40, temperature=temperature,
+        invalid_message=s.RETHINK, **settings,
+    )  # fmt: skip
 
 
 def test_the_cached_rollout_equals_encoding_everything_again(model, tokenizer):
     """Claim: greedy, ragged, over several turns: each sampled token is the argmax of one plain forward pass over all ids
     before it, without a cache.
-    Fails if: positions start at 0 for a new block (`start_n[:, None] +` dropped in feed), or the last sampled token of a
-    turn is not fed before the passages.
+    Fails if: positions start at 0 for a new block (`starts_n1 +` dropped in place), or the last sampled token of a turn is
+    not fed before the passages (`.ids[cache.lengths[row] :]` -> `+ 1`).
     """
     rollouts = rollouts_of_a_random_model(model, tokenizer, 0.0)
     for r in rollouts:
@@ -353,15 +346,89 @@ def test_each_greedy_turn_equals_generate(model, tokenizer):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_samplers_logprobs_equal_the_trainers(model, tokenizer, temperature):
-    """Claim: [D9] log-probs kept while sampling with the cache equal those of the training forward pass within 1e-5.
+    """Claim: [D9] log-probs kept while sampling with the cache equal those of the training forward pass within 2e-5.
     Fails if: sample() returns log-probs at temperature 1, or token_logprobs scores ids_BL[:, :-1].
     """
     batch = s.collate(rollouts_of_a_random_model(model, tokenizer, temperature, group_size=4))
     with torch.no_grad():
         logprobs_BT, _ = s.token_logprobs(model, batch.ids_BL, batch.mask_BT, temperature)
     assert batch.mask_BT.sum() > 300
-    torch.testing.assert_close(logprobs_BT, batch.old_logprobs_BT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logprobs_BT, batch.old_logprobs_BT, atol=2e-5, rtol=0)
     assert (batch.old_logprobs_BT[batch.mask_BT] < 0).all()
+
+
+@pytest.mark.parametrize("slots", [4, 9, 13])
+@pytest.mark.parametrize("static", [False, True])
+def test_neither_slots_nor_neighbours_nor_static_buffers_change_a_rollout(model, tokenizer, monkeypatch, slots, static):
+    """Claim: sampled conversations are the same, token for token, whether all are in flight at once or slots are refilled
+    from the queue, in growing buffers or in the static ones of a CUDA graph, and with blocks fed in pieces.
+    Fails if: write() draws by place in the batch (`draws_BL[numbers` -> `draws_BL[list(range(len(numbers)))`), a row that moves
+    keeps its old length (copy), padding writes to column 0 instead of the last (place), or decode takes rows as they come (`rows //= 2` dropped).
+    """
+    want = rollouts_of_a_random_model(model, tokenizer, 1.0, group_size=4)
+    monkeypatch.setattr(s, "FEED_TOKENS", 150)
+    cache = s.Slots(model, slots, 200, static)
+    got = rollouts_of_a_random_model(model, tokenizer, 1.0, group_size=4, cache=cache)
+    assert [r.ids for r in got] == [r.ids for r in want] and [r.response_mask for r in got] == [r.response_mask for r in want]
+    assert [r.searches for r in got] == [r.searches for r in want] and sum(r.num_searches for r in want) >= 4
+    for g, w in zip(got, want):
+        assert g.logprobs == pytest.approx(w.logprobs, abs=1e-4)
+    halves = {slots, slots // 2, slots // 4, slots // 8}
+    assert {rows for rows, _ in cache.steps} <= halves and bool(cache.steps) == static  # few shapes, so few graphs
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_old_keys_never_meet_new_weights(model, tokenizer, static):
+    """Claim: a cache that is used again after the weights changed in place, and after a rollout that an engine broke off,
+    gives what an empty one gives.
+    Fails if: clear() does nothing.
+    """
+
+    def gone(queries, top_k):
+        raise OSError("gone")
+
+    cache = s.Slots(model, 8, 200, static)
+    before = rollouts_of_a_random_model(model, tokenizer, 0.0, cache=cache)
+    with pytest.raises(OSError):
+        rollouts_of_a_random_model(model, tokenizer, 0.0, cache=cache, search=gone)
+    with torch.no_grad():
+        for weight in model.base_model.parameters():
+            weight.mul_(1.3)
+    after = [r.ids for r in rollouts_of_a_random_model(model, tokenizer, 0.0, cache=cache)]
+    assert after == [r.ids for r in rollouts_of_a_random_model(model, tokenizer, 0.0)] != [r.ids for r in before]
+
+
+def test_nothing_is_encoded_twice_and_nobody_waits_for_a_straggler(monkeypatch):
+    """Claim: a prompt is fed once for its group and every other id once for its rollout, the last one not at all; while one
+    rollout writes a long turn the other slot serves one question after the other.
+    Fails if: the inner loop of rollout() runs `while writing:` to its end, or prompts are fed for every member of the group.
+    """
+    tokenizer, script, fed = s.ByteTokenizer(), {}, []
+    questions = ["long?"] + [f"short {i}?" for i in range(6)]
+    for question in questions:
+        turns = ["<search>q</search>", f"<answer>{'a' * (260 if question == 'long?' else 8)}</answer>"]
+        script[s.make_prompt(question)] = [list(turn.encode()) for turn in turns]
+    plain = s.feed
+    monkeypatch.setattr(s, "feed", lambda *args: fed.append(args[3]) or plain(*args))
+    policy = s.ScriptedPolicy(tokenizer, script)
+    run = lambda group_size, slots: s.rollout(
+        policy, tokenizer, questions, lambda queries, k: [PASSAGES for _ in queries], group_size, temperature=0, cache=s.Slots(policy, slots, 4096)
+    )  # fmt: skip
+    rollouts = run(2, 4)
+    assert [len(r.answer) for r in rollouts] == [260, 260] + [8] * 12
+    ids = sum(r.prompt_length / 2 + len(r.ids) - r.prompt_length - 1 for r in rollouts)
+    assert sum(len(block) for blocks in fed for block in blocks) == ids
+    fed.clear()
+    longest = max(run(1, 2), key=lambda r: len(r.ids))
+    assert len(fed) < sum(longest.response_mask) + 20  # 40 tokens of each of the six others found a place beside them
+
+
+def test_a_group_needs_its_slots(model, tokenizer):
+    """Claim: fewer slots than a group has members are refused, with the flag that helps.
+    Fails if: the check is removed (rollout would wait for ever).
+    """
+    with pytest.raises(ValueError, match="3 slots cannot hold a group of 4 .* --slots"):
+        rollouts_of_a_random_model(model, tokenizer, 0.0, group_size=4, cache=s.Slots(model, 3, 200))
 
 
 def test_sampling_draws_from_the_whole_distribution():
@@ -370,12 +437,44 @@ def test_sampling_draws_from_the_whole_distribution():
     """
     torch.manual_seed(0)
     logits = torch.linspace(0, 3, 120).repeat(20000, 1)
-    ids, logprobs = s.sample(logits, 0.8, torch.Generator().manual_seed(1))
+    ids, logprobs = s.sample(logits, 0.8, torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     p = torch.softmax(logits[0].double() / 0.8, -1)
     counts = torch.bincount(ids, minlength=120).double()
     z = (counts - 20000 * p) / (20000 * p * (1 - p)).sqrt()
     assert z.abs().max() < 4.5 and (ids < 70).sum() > 0
     torch.testing.assert_close(logprobs.double(), p.log()[ids], atol=1e-5, rtol=0)
+
+
+def test_a_draw_finds_its_token_among_150000():
+    """Claim: draw u picks the token in whose share of [0, 1) it falls, to the last one of a real vocabulary, and never a
+    token of probability 0.
+    Fails if: the probabilities are summed in fp32, or searchsorted looks from the left (`right=False`).
+    """
+    tokens, V = torch.tensor([0, 7, 74_999, 149_990, 149_999]), 150_000
+    ids, _ = s.sample(torch.zeros(5, V), 1.0, (tokens.double() + 0.5) / V)
+    assert ids.tolist() == tokens.tolist()
+    ids, _ = s.sample(
+        torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]]).repeat(3, 1),
+        1.0,
+        torch.tensor([0.0, 0.5, 1 - 2**-40], dtype=torch.float64),
+    )
+    assert ids.tolist() == [1, 2, 2]
+
+
+def test_blocks_are_fed_in_pieces_that_fit(model, monkeypatch):
+    """Claim: a pass over blocks has at most FEED_TOKENS rows x columns, one row at least; the logits come back in the
+    order of the rows.
+    Fails if: `.argsort()` is dropped in feed, or everything is fed at once.
+    """
+    blocks = [list(range(2, 2 + n)) for n in (5, 2, 7, 3, 4, 30)]
+    slots = [4, 0, 5, 1, 3, 2]
+    want = s.feed(model, s.Slots(model, 6, 64), slots, blocks)
+    shapes, plain = [], s.hidden_states
+    monkeypatch.setattr(s, "FEED_TOKENS", 16)
+    monkeypatch.setattr(s, "hidden_states", lambda p, c, ids, pos: shapes.append((len(ids), c.width)) or plain(p, c, ids, pos))
+    cache = s.Slots(model, 6, 64)
+    torch.testing.assert_close(s.feed(model, cache, slots, blocks), want, atol=1e-5, rtol=0)
+    assert cache.lengths == [2, 3, 30, 4, 5, 7] and all(rows == 1 or rows * width <= 16 for rows, width in shapes)
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
