@@ -14,6 +14,7 @@ to ask again, which passage to believe, has to come from the reward.
     Question, load_questions     a question, and the FlashRAG file format
     load_data                    FILE, or real sets by name: nq+hotpotqa
     resolve_corpus               FILE, DIR, http://..., or `contexts` and `wiki18`, which become an index
+    export_rows                  the same questions for trainers of many GPUs: verl, SkyRL
     make_world                   the tiny world (people, places, facts, wordings)
     make_tokenizer               word-level, an ordinary Hugging Face tokenizer
     oracle_exact_match           what a perfect policy would score: the ceiling that the engine sets
@@ -21,6 +22,7 @@ to ask again, which passage to believe, has to come from the reward.
     base_model                   made on the spot and cached
 
     python data.py [--world-seed 0]      prints what a world looks like and what its base model is shown (two seconds)
+    python data.py export verl --data nq+hotpotqa --output train.json
 """
 
 import argparse
@@ -30,6 +32,7 @@ import json
 import random
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -701,10 +704,69 @@ def resolve_corpus(spec, files, encoder="hashed", folder="outputs/corpora"):
     return f"bm25:{output}" if encoder == "bm25" else str(output)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Print what a tiny world looks like, and what its base model is shown.")
-    parser.add_argument("--world-seed", type=int, default=0)
-    seed = parser.parse_args().world_seed
+# ----- 8. The same questions for trainers of many GPUs -----
+
+# The system message of both examples. Ours has none, the model's chat template decides: --system "" leaves it out.
+SYSTEM = "You are a helpful and harmless assistant."
+
+
+def set_of(file, given=None):
+    """Which set a question file is of: as given, or by its folder's name or its own. ValueError if that is none."""
+    name = given or next((name for name in (file.parent.name, file.stem) if name in DATASETS), None)
+    if name is None:
+        raise ValueError(f"{file}: of which set is it? --name with one of {', '.join(DATASETS)}; verl chooses the reward by it")
+    return name
+
+
+def export_rows(questions, trainer, make_prompt, split="train", system=SYSTEM):
+    """list of (set, Question) -> rows as verl (trainer "verl") or SkyRL ("skyrl") reads them, one dict a question.
+
+    Columns of verl's examples/data_preprocess/preprocess_search_r1_dataset.py and of SkyRL's
+    examples/train/search/searchr1_dataset.py. `metadata` is null: neither reads it. make_prompt: searchr1's, handed in,
+    because a copy of the prompt would be a second truth and this file knows only retrieval. verl's search is a tool call.
+    """
+    for index, (name, question) in enumerate(questions):
+        head, mark, text = make_prompt(question.question).partition("Question: ")  # text: with a question mark, if it lacked one
+        if trainer == "verl":
+            head = head.replace("search>", "tool_call>").replace("information>", "tool_response>")
+            text = text.strip()
+        content, text = head + mark + text, text.strip()
+        source, truth = f"searchR1_{name}", {"target": list(question.golden_answers)}
+        tool = {"create_kwargs": {"ground_truth": truth, "question": text, "data_source": source}}
+        yield {
+            "data_source": source,
+            "prompt": [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": content}],
+            "ability": "fact-reasoning",
+            **({"env_class": "search"} if trainer == "skyrl" else {"agent_name": "tool_agent"}),
+            "reward_spec" if trainer == "skyrl" else "reward_model": {"ground_truth": truth, "style": "rule"},
+            "extra_info": {
+                "index": index,
+                "need_tools_kwargs": True,
+                "question": text,
+                "split": split,
+                "tools_kwargs": {"search": tool},
+            },
+            "metadata": None,
+        }
+
+
+def export(args):
+    """python data.py export: question files -> JSON lines, whole or not at all."""
+    from searchr1 import make_prompt
+
+    output, suffixes = Path(args.output), [".json"] if args.trainer == "verl" else [".json", ".jsonl"]
+    if output.suffix not in suffixes:
+        raise ValueError(f"--output {output}: {args.trainer} reads JSON lines from a file that ends in {' or '.join(suffixes)}")
+    files = question_files(args.data, args.split)
+    if args.name and len(files) > 1:
+        raise ValueError(f"--name is for a single file; {args.data} says itself which sets it is of")
+    questions = [(set_of(file, args.name), q) for file in files for q in load_questions(file)]
+    split = {"train": "train", "eval": "test"}[args.split]  # as both converters call it
+    write_lines(output, export_rows(questions, args.trainer, make_prompt, split, args.system))
+    print(f"wrote {output}: {len(questions):,} questions for {args.trainer}")
+
+
+def show_world(seed):
     world, rng = make_world(seed), random.Random(seed)
     engine = build_index(world.passages)
     print(
@@ -723,5 +785,27 @@ def main():
     print(f"and imitates a poor policy:\n    {show(poor_episodes([rng.choice(world.train)], engine.search, 3, rng)[0])}")
 
 
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Print what a tiny world looks like, and what its base model is shown.")
+    parser.add_argument("--world-seed", type=int, default=0)
+    commands = parser.add_subparsers(dest="command")
+    p = commands.add_parser("export", help="write questions as another trainer reads them")
+    p.add_argument("trainer", choices=("verl", "skyrl"))
+    p.add_argument("--output", required=True, metavar="FILE", help="JSON lines; ends in .json (SkyRL: or .jsonl)")
+    p.add_argument("--data", default="nq+hotpotqa", help="FILE, or sets joined by + (default: nq+hotpotqa, the paper's)")
+    p.add_argument("--split", choices=("train", "eval"), default="train", help="of the sets (default: train)")
+    p.add_argument("--name", choices=DATASETS, help="which set FILE is of (default: by its name or its folder's)")
+    p.add_argument("--system", default=SYSTEM, help=f'system message; "" for none, as train.py asks (default: {SYSTEM})')
+    args = parser.parse_args(argv)
+    if args.command == "export":
+        export(args)
+    else:
+        show_world(args.world_seed)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

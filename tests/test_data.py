@@ -4,6 +4,8 @@ import gzip
 import json
 import random
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -389,3 +391,87 @@ def test_wiki18_is_unpacked_and_indexed_in_a_byte_a_number(here, capsys):
     assert engine_from(folder).search(["number7"], 1)[0][0].title == "T7"
     here("downloads/wiki18/wiki-18.jsonl", *passages[:10])
     assert len(engine_from(data.resolve_corpus("bm25:wiki18", [])).passages) == 10
+
+
+# ----- Export -----
+
+# From verl's and SkyRL's converters, word for word.
+VERL_PREFIX = (
+    "Answer the given question. You must conduct reasoning inside <think> and </think> "
+    "first every time you get new information. After reasoning, if you find you lack "
+    "some knowledge, you can call a search engine by <tool_call> query </tool_call> "
+    "and it will return the top searched results between <tool_response> and "
+    "</tool_response>. You can search as many times as your want. If you find no "
+    "further external knowledge needed, you can directly provide the answer inside "
+    "<answer> and </answer>, without detailed illustrations. For example, "
+    "<answer> Beijing </answer>. Question: "
+)
+
+
+def test_exported_rows_are_those_of_the_converters(here):
+    """Claim: verl's row is, key for key and word for word, what its own converter writes (plus agent_name, without which its
+    default agent never searches); SkyRL's has env_class and reward_spec, and with --system "" the prompt is exactly ours;
+    rows are numbered through both sets.
+    Fails if: the rows of each set are numbered from 0, tags are replaced in the question, too, or reward_model keeps its name.
+    """
+    here("downloads/nq/train.jsonl", record("who said research> first") | {"golden_answers": ["Ada", "A. L."]})
+    here("downloads/hotpotqa/train.jsonl", record("Who?"))
+    data.main("export verl --data nq+hotpotqa --output verl.json".split())
+    first, second = [json.loads(line) for line in Path("verl.json").read_text().splitlines()]
+    question, truth = "who said research> first?", {"target": ["Ada", "A. L."]}
+    assert first == {
+        "data_source": "searchR1_nq",
+        "prompt": [
+            {"role": "system", "content": "You are a helpful and harmless assistant."},
+            {"role": "user", "content": VERL_PREFIX + question},
+        ],
+        "ability": "fact-reasoning",
+        "agent_name": "tool_agent",
+        "reward_model": {"style": "rule", "ground_truth": truth},
+        "extra_info": {
+            "index": 0,
+            "need_tools_kwargs": True,
+            "question": question,
+            "split": "train",
+            "tools_kwargs": {
+                "search": {"create_kwargs": {"ground_truth": truth, "question": question, "data_source": "searchR1_nq"}}
+            },
+        },
+        "metadata": None,
+    }
+    assert second["data_source"] == "searchR1_hotpotqa" and second["extra_info"]["index"] == 1
+    data.main(["export", "skyrl", "--data", "nq", "--output", "sky.jsonl", "--system", ""])
+    (row,) = [json.loads(line) for line in Path("sky.jsonl").read_text().splitlines()]
+    assert row.pop("env_class") == "search" and row.pop("reward_spec") == first.pop("reward_model")
+    assert row.pop("prompt") == [{"role": "user", "content": searchr1.make_prompt("who said research> first")}]
+    first.pop("agent_name"), first.pop("prompt")
+    assert row == first
+    data.main("export skyrl --data downloads/nq/train.jsonl --split eval --name popqa --output sky.jsonl".split())
+    row = json.loads(Path("sky.jsonl").read_text())
+    assert row["data_source"] == "searchR1_popqa" and row["extra_info"]["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("export verl --data nq --output x.jsonl", "ends in .json"),
+        ("export verl --data mine.jsonl --output x.json", "--name"),
+        ("export verl --data bad.jsonl --name nq --output x.json", "bad.jsonl line 2"),
+        ("export skyrl --data nowhere --output x.json", "cannot read nowhere"),
+        ("export skyrl --data nq+webqa --output x.json", "'webqa' is none of the sets"),
+        ("export skyrl --data popqa --output x.json", "popqa has no training split"),
+        ("export skyrl --data mine.jsonl --name nq --output no/x.json", "no/x.json"),
+    ],
+)
+def test_an_export_that_cannot_be_is_one_line_and_writes_nothing(here, monkeypatch, capsys, flags, message):
+    """Claim: exit code 2 and one line; no file, whole or half, appears.
+    Fails if: data.py lets a ValueError through, or question_files downloads a set before it has seen the next name.
+    """
+    here("mine.jsonl", record())
+    here("bad.jsonl", record(), {"question": "no answer"})
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags.split()])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(data.__file__, run_name="__main__")
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and message in error and "\n" not in error
+    assert sorted(p.name for p in Path().iterdir()) == ["bad.jsonl", "mine.jsonl"]
