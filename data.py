@@ -12,6 +12,9 @@ a right episode, and never the world on which reinforcement learning will train 
 to ask again, which passage to believe, has to come from the reward.
 
     Question, load_questions     a question, and the FlashRAG file format
+    load_data                    FILE, or real sets by name: nq+hotpotqa
+    resolve_corpus               FILE, DIR, http://..., or `contexts` and `wiki18`, which become an index
+    export_rows                  the same questions for trainers of many GPUs: verl, SkyRL
     make_world                   the tiny world (people, places, facts, wordings)
     make_tokenizer               word-level, an ordinary Hugging Face tokenizer
     oracle_exact_match           what a perfect policy would score: the ceiling that the engine sets
@@ -19,25 +22,30 @@ to ask again, which passage to believe, has to come from the reward.
     base_model                   made on the spot and cached
 
     python data.py [--world-seed 0]      prints what a world looks like and what its base model is shown (two seconds)
+    python data.py export verl --data nq+hotpotqa --output train.json
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import random
 import re
 import shutil
+import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HTTPError
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from retrieval import WORD, Passage, build_index
+from retrieval import WORD, Passage, build, build_index
 
 # ----- 1. Questions -----
 
@@ -526,10 +534,239 @@ def base_model(config, cache):
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), folder
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Print what a tiny world looks like, and what its base model is shown.")
-    parser.add_argument("--world-seed", type=int, default=0)
-    seed = parser.parse_args().world_seed
+# ----- 6. Real questions -----
+
+# Set of the FlashRAG collection -> (its training split, the split that the paper evaluates on).
+DATASETS = {
+    "nq": ("train", "test"),
+    "triviaqa": ("train", "test"),
+    "popqa": (None, "test"),
+    "hotpotqa": ("train", "dev"),
+    "2wikimultihopqa": ("train", "dev"),
+    "musique": ("train", "dev"),
+    "bamboogle": (None, "test"),
+}
+# Where a file that was fetched by hand is looked for. PITFALL: a folder of the name "datasets" in a directory on Python's
+# path makes transformers believe that the library of that name is installed.
+DOWNLOADS = Path("downloads")
+
+
+def fetch(repo, file, place):
+    """A file of a hub dataset -> its path: `place` if it lies there, else the hub's cache, else a download into it.
+
+    ValueError, one line that says what to put where, if it cannot be had.
+    """
+    if place.exists():
+        return place
+    url = huggingface_hub.hf_hub_url(repo, file, repo_type="dataset")
+    try:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset", local_files_only=True))
+        except FileNotFoundError:
+            # Asked first, because the download itself would try for 20 seconds, with a warning each time.
+            size = huggingface_hub.get_hf_file_metadata(url).size or 0
+            print(f"downloading {url} ({size / 1e6:,.0f} MB)")
+            return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset", tqdm_class=tqdm))
+    except (OSError, HTTPError) as error:  # no network, offline mode, no such file, no permission, a full disk
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}".replace(url, "it")
+        raise ValueError(f"{place} is not there and cannot be downloaded: get {url} and put it there ({why})") from None
+
+
+def question_files(spec, split):
+    """FILE, or names of DATASETS joined by "+"; split "train" or "eval" -> list of Paths, fetched where need be.
+
+    A file wins over a set of the same name. ValueError for an unknown name, a set without that split, a file out of reach.
+    """
+    if Path(spec).is_file():
+        return [Path(spec)]
+    wanted = []
+    for name in spec.split("+"):  # all names, before any of them is downloaded
+        if name not in DATASETS:
+            raise ValueError(f"cannot read {spec}: no such file, and {name!r} is none of the sets {', '.join(DATASETS)}")
+        kind = DATASETS[name][split == "eval"]
+        if kind is None:
+            raise ValueError(
+                f"{name} has no training split; {', '.join(n for n, (train, _) in DATASETS.items() if train)} have one"
+            )
+        wanted.append(f"{name}/{kind}.jsonl")
+    return [fetch("RUC-NLPIR/FlashRAG_datasets", file, DOWNLOADS / file) for file in wanted]
+
+
+def load_data(spec, split):
+    """As question_files -> list[Question]. Where sets are joined, an id has the set's name before it: "nq/test_0"."""
+    files = question_files(spec, split)
+    if len(files) == 1:
+        return load_questions(files[0])
+    return [replace(q, id=f"{name}/{q.id}") for name, file in zip(spec.split("+"), files) for q in load_questions(file)]
+
+
+# ----- 7. Real passages -----
+
+
+def write_lines(path, records):
+    """Records -> JSON lines; `path` appears whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def paragraphs(record):
+    """A record of a question file -> the paragraphs that came with the question, as pairs (title, text).
+
+    HotpotQA: metadata.context = {"title": [...], "sentences": [[...], ...]}; 2WikiMultiHopQA calls the last key "content".
+    MuSiQue: metadata.question_decomposition = [{..., "support_paragraph": {"title", "paragraph_text"}}, ...], which are the
+    supporting paragraphs and no others. That file was not at hand: public code that reads it finds a dict there, in one
+    case a dict printed as a string. The original MuSiQue has them all, in "paragraphs".
+    """
+    metadata = record.get("metadata") or {}
+    context = metadata.get("context") or {}
+    sentences = context.get("sentences") or context.get("content") or []
+    for title, parts in zip(context.get("title") or [], sentences, strict=True):
+        yield title, " ".join(part.strip() for part in ([parts] if isinstance(parts, str) else parts))
+    steps = metadata.get("question_decomposition") or []
+    for found in metadata.get("paragraphs") or [step.get("support_paragraph") for step in steps]:
+        found = ast.literal_eval(found) if isinstance(found, str) else found
+        if found:
+            yield found["title"], found["paragraph_text"].strip()
+
+
+def distinct_paragraphs(files):
+    """Question files -> the `contents` of every paragraph that came with a question, each once, in their order.
+
+    Read line by line, with 64 bits kept of each paragraph: HotpotQA's training file has 600 MB. ValueError for a file of which
+    no question brings a paragraph.
+    """
+    seen = set()
+    for file in files:
+        total = bare = 0
+        with open(file, "rb") as lines, tqdm(total=file.stat().st_size, unit="B", unit_scale=True, delay=2, desc="reading") as bar:
+            for number, line in enumerate(lines, 1):
+                bar.update(len(line))
+                if not line.strip():
+                    continue
+                try:
+                    found = list(paragraphs(json.loads(line)))
+                except (ValueError, SyntaxError, TypeError, AttributeError, KeyError) as error:
+                    raise ValueError(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
+                total, bare = total + 1, bare + (not found)
+                for title, text in found:
+                    contents = f'"{title}"\n{text}'
+                    if text and hash(contents) not in seen:
+                        seen.add(hash(contents))
+                        yield contents
+        if bare == total:
+            raise ValueError(
+                f"{file}: no question brings paragraphs, as those of hotpotqa, 2wikimultihopqa and musique do; "
+                "give another --corpus: wiki18, a file of passages, an index or a server"
+            )
+        print(f"{file}: {len(seen):,} paragraphs so far; {bare:,} of {total:,} questions bring none")
+
+
+def contexts_corpus(files, folder):
+    """Question files -> path of a corpus of their paragraphs in `folder`, made at the first call. Its name holds a hash of the
+    files' paths, sizes and times."""
+    files = list(dict.fromkeys(Path(file).absolute() for file in files))
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    corpus = Path(folder) / f"contexts-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:10]}.jsonl"
+    if not corpus.exists():
+        corpus.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(corpus, ({"id": str(row), "contents": contents} for row, contents in enumerate(distinct_paragraphs(files))))
+    return corpus
+
+
+def resolve_corpus(spec, files, encoder="hashed", folder="outputs/corpora"):
+    """--corpus -> what retrieval.engine_from takes.
+
+    `contexts` (the paragraphs of the question files) and `wiki18` (the official corpus) become the folder of an index, made at
+    the first call and used again: Flat and IVF-SQ8, over vectors of `encoder`; with bm25: before them, BM25. Anything else
+    (FILE, DIR, bm25:..., http://...) is returned as it is.
+    """
+    name = spec.removeprefix("bm25:")
+    if name not in ("contexts", "wiki18") or Path(name).exists():
+        return spec
+    encoder = encoder if name == spec else "bm25"
+    if name == "contexts":
+        if not files:
+            raise ValueError("--corpus contexts is made of the paragraphs of the questions: give a question file, too (--data)")
+        corpus, index = contexts_corpus(files, folder), "Flat"
+    else:
+        corpus, index = DOWNLOADS / "wiki18" / "wiki-18.jsonl", "IVF-SQ8"
+    output = Path(folder) / f"{corpus.stem}-{encoder.strip('/').replace('/', '--')}"
+    if not (output / "manifest.json").exists():
+        if not corpus.exists():  # wiki18, packed
+            corpus = fetch("PeterJinGo/wiki-18-corpus", "wiki-18.jsonl.gz", corpus.with_name("wiki-18.jsonl.gz"))
+            print(f"unpacking {corpus}: 14 GB")
+        build(corpus, output, {"encoder": encoder}, index)
+    return f"bm25:{output}" if encoder == "bm25" else str(output)
+
+
+# ----- 8. The same questions for trainers of many GPUs -----
+
+# The system message of both examples. Ours has none, the model's chat template decides: --system "" leaves it out.
+SYSTEM = "You are a helpful and harmless assistant."
+
+
+def set_of(file, given=None):
+    """Which set a question file is of: as given, or by its folder's name or its own. ValueError if that is none."""
+    name = given or next((name for name in (file.parent.name, file.stem) if name in DATASETS), None)
+    if name is None:
+        raise ValueError(f"{file}: of which set is it? --name with one of {', '.join(DATASETS)}; verl chooses the reward by it")
+    return name
+
+
+def export_rows(questions, trainer, make_prompt, split="train", system=SYSTEM):
+    """list of (set, Question) -> rows as verl (trainer "verl") or SkyRL ("skyrl") reads them, one dict a question.
+
+    Columns of verl's examples/data_preprocess/preprocess_search_r1_dataset.py and of SkyRL's
+    examples/train/search/searchr1_dataset.py. `metadata` is null: neither reads it. make_prompt: searchr1's, handed in,
+    because a copy of the prompt would be a second truth and this file knows only retrieval. verl's search is a tool call.
+    """
+    for index, (name, question) in enumerate(questions):
+        head, mark, text = make_prompt(question.question).partition("Question: ")  # text: with a question mark, if it lacked one
+        if trainer == "verl":
+            head = head.replace("search>", "tool_call>").replace("information>", "tool_response>")
+            text = text.strip()
+        content, text = head + mark + text, text.strip()
+        source, truth = f"searchR1_{name}", {"target": list(question.golden_answers)}
+        tool = {"create_kwargs": {"ground_truth": truth, "question": text, "data_source": source}}
+        yield {
+            "data_source": source,
+            "prompt": [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": content}],
+            "ability": "fact-reasoning",
+            **({"env_class": "search"} if trainer == "skyrl" else {"agent_name": "tool_agent"}),
+            "reward_spec" if trainer == "skyrl" else "reward_model": {"ground_truth": truth, "style": "rule"},
+            "extra_info": {
+                "index": index,
+                "need_tools_kwargs": True,
+                "question": text,
+                "split": split,
+                "tools_kwargs": {"search": tool},
+            },
+            "metadata": None,
+        }
+
+
+def export(args):
+    """python data.py export: question files -> JSON lines, whole or not at all."""
+    from searchr1 import make_prompt
+
+    output, suffixes = Path(args.output), [".json"] if args.trainer == "verl" else [".json", ".jsonl"]
+    if output.suffix not in suffixes:
+        raise ValueError(f"--output {output}: {args.trainer} reads JSON lines from a file that ends in {' or '.join(suffixes)}")
+    files = question_files(args.data, args.split)
+    if args.name and len(files) > 1:
+        raise ValueError(f"--name is for a single file; {args.data} says itself which sets it is of")
+    questions = [(set_of(file, args.name), q) for file in files for q in load_questions(file)]
+    split = {"train": "train", "eval": "test"}[args.split]  # as both converters call it
+    write_lines(output, export_rows(questions, args.trainer, make_prompt, split, args.system))
+    print(f"wrote {output}: {len(questions):,} questions for {args.trainer}")
+
+
+def show_world(seed):
     world, rng = make_world(seed), random.Random(seed)
     engine = build_index(world.passages)
     print(
@@ -548,5 +785,27 @@ def main():
     print(f"and imitates a poor policy:\n    {show(poor_episodes([rng.choice(world.train)], engine.search, 3, rng)[0])}")
 
 
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Print what a tiny world looks like, and what its base model is shown.")
+    parser.add_argument("--world-seed", type=int, default=0)
+    commands = parser.add_subparsers(dest="command")
+    p = commands.add_parser("export", help="write questions as another trainer reads them")
+    p.add_argument("trainer", choices=("verl", "skyrl"))
+    p.add_argument("--output", required=True, metavar="FILE", help="JSON lines; ends in .json (SkyRL: or .jsonl)")
+    p.add_argument("--data", default="nq+hotpotqa", help="FILE, or sets joined by + (default: nq+hotpotqa, the paper's)")
+    p.add_argument("--split", choices=("train", "eval"), default="train", help="of the sets (default: train)")
+    p.add_argument("--name", choices=DATASETS, help="which set FILE is of (default: by its name or its folder's)")
+    p.add_argument("--system", default=SYSTEM, help=f'system message; "" for none, as train.py asks (default: {SYSTEM})')
+    args = parser.parse_args(argv)
+    if args.command == "export":
+        export(args)
+    else:
+        show_world(args.world_seed)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

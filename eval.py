@@ -162,11 +162,14 @@ def read_file(load, path):
         raise Mistake(f"cannot read {path}: {error.strerror}") from None
 
 
-def task(world_seed, corpus=None, questions=None):
-    """-> (held-out questions, search engine, World or None): the tiny world, or files given by path."""
+def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed", others=()):
+    """-> (questions, search engine, World or None): the held-out questions of the tiny world, or real questions (a file, or
+    sets by name, of which `split`) and a corpus as --corpus has it. others: more question files for the corpus `contexts`.
+    """
     if corpus:
-        asked = read_file(data.load_questions, questions) if questions else []
-        return asked, read_file(engine_from, corpus), None
+        asked = read_file(lambda spec: data.load_data(spec, split), questions) if questions else []
+        files = [*data.question_files(questions, split), *others] if questions else others
+        return asked, read_file(engine_from, data.resolve_corpus(corpus, files, encoder)), None
     world = data.make_world(world_seed)
     return world.test, build_index(world.passages), world
 
@@ -255,10 +258,16 @@ def main(argv=None):
     parser = Parser(description="Evaluate a checkpoint of Search-R1, talk to it, or draw the curves of runs.")
     parser.add_argument("--checkpoint", help="folder of a checkpoint (or a hub id)")
     parser.add_argument(
-        "--data", help="question file (JSON lines: id, question, golden_answers); default: the tiny world's held-out questions"
+        "--data",
+        help="question file (JSON lines: id, question, golden_answers), or sets joined by + (nq+hotpotqa); default: the tiny world's",
     )
     parser.add_argument(
-        "--corpus", help="passage file, DIR of an index, bm25:FILE or DIR, http://...; default: what the checkpoint was trained with"
+        "--corpus",
+        help="passage file, DIR of an index, contexts (what came with --data), wiki18, bm25: and any of these, http://...; "
+        "default: what the checkpoint was trained with",
+    )
+    parser.add_argument(
+        "--encoder", help="of contexts and wiki18: hashed, or folder or hub id (default: as the checkpoint was trained)"
     )
     parser.add_argument("--world-seed", type=int, help="another tiny world than the checkpoint's")
     parser.add_argument("--limit", type=int, default=0, help="a fixed sample of N questions (default: all)")
@@ -295,11 +304,11 @@ def main(argv=None):
     settings = {name: saved[name] for name in SETTINGS}
     corpus, file = (args.corpus or saved["corpus"], args.data) if args.world_seed is None else (None, None)
     if corpus and not (file or args.ask):
-        raise Mistake(f"this checkpoint searches {corpus}; give --data FILE with the questions to evaluate")
+        raise Mistake(f"this checkpoint searches {corpus}; give --data FILE or the name of a set, the questions to evaluate")
     if file and not corpus:
-        raise Mistake("--data needs --corpus FILE, the passages to search")
+        raise Mistake("--data needs --corpus FILE (or contexts, wiki18, ...), the passages to search")
     world_seed = saved["world_seed"] if args.world_seed is None else args.world_seed
-    questions, engine, _ = task(world_seed, corpus, file)
+    questions, engine, _ = task(world_seed, corpus, file, encoder=args.encoder or saved.get("encoder", "hashed"))
     if args.ask:
         ask(policy, tokenizer, args.ask, engine.search, settings)
         return 0

@@ -32,6 +32,7 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import threading
 import time
 import urllib.error
@@ -153,12 +154,18 @@ def load_passages(path, skip_bad=False):
 
 
 def unpack(packed, path):
-    """Gunzip; `path` appears whole or not at all. ValueError if the file is no gzip file or ends early."""
+    """Gunzip; `path` appears whole or not at all. ValueError if the file is no gzip file or ends early.
+
+    The official wiki-18.jsonl.gz is said to be a tar archive in spite of its name: of one, the first file is taken.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with gzip.open(packed, "rb") as source, open(part, "wb") as target:
+            if source.peek(512)[257:262] == b"ustar":  # where a tar archive says what it is
+                archive = tarfile.open(fileobj=source, mode="r|")
+                source = next((archive.extractfile(member) for member in archive if member.isfile()), source)
             shutil.copyfileobj(source, target, 2**20)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, tarfile.ReadError) as error:
         part.unlink()
         raise ValueError(f"{packed}: not a whole gzip file ({error})") from None
     os.replace(part, path)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -212,6 +213,25 @@ def test_skip_bad_counts_and_goes_on_and_gz_is_unpacked_once(corpus, tmp_path, c
     with pytest.raises(ValueError, match="not a whole gzip file"):
         load_passages(packed)
     assert not list(tmp_path.glob("packed.jsonl*part")) and not (tmp_path / "packed.jsonl").exists()
+
+
+def test_a_gz_that_is_a_tar_archive_gives_its_first_file(corpus, tmp_path):
+    """Claim: corpus.jsonl.gz may be a gzipped tar archive, as wiki-18.jsonl.gz is said to be: its first file is the corpus,
+    folders before it and files after it do not matter; an archive that is cut short is one clear line.
+    Fails if: unpack gunzips and does no more (the archive's header would stand before the first passage).
+    """
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "after.jsonl").write_text("not a passage\n")
+    with tarfile.open(tmp_path / "packed.jsonl.gz", "w:gz") as archive:
+        for path in (tmp_path / "folder", corpus, tmp_path / "after.jsonl"):
+            archive.add(path, arcname=f"wiki/{path.name}")
+    assert list(load_passages(tmp_path / "packed.jsonl.gz")) == list(load_passages(corpus))
+    with tarfile.open(tmp_path / "whole.tar", "w") as archive:
+        archive.add(corpus)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress((tmp_path / "whole.tar").read_bytes()[:9000]))
+    with pytest.raises(ValueError, match="not a whole gzip file"):
+        load_passages(tmp_path / "cut.jsonl.gz")
+    assert not list(tmp_path.glob("cut.jsonl*part")) and not (tmp_path / "cut.jsonl").exists()
 
 
 # ----- Encoders -----
