@@ -29,6 +29,8 @@ Departures from the paper (P) and the official code (C), tagged where they happe
   [D7] P  The loss is the mean over all tokens of the (mini-)batch, as in the official code; Eq. 3 averages each
           rollout first and the group then, which weighs a token of a short rollout more.
   [D8] C  An answer that normalises to nothing ("The", "...") earns nothing, even where a gold answer does so too.
+  [D13] C Without a chat template (Llama 3.2 base) the prompt begins with the tokenizer's start of sequence, which the model
+          has seen before every text. The official code leaves it out.
 
     python searchr1.py --demo      a scripted policy, three passages, and the mask made visible (two seconds)
 """
@@ -278,7 +280,7 @@ def captured(run, cache):
     return lambda: (graph.replay(), out)[1]
 
 
-FEED_TOKENS = 2**16  # rows x columns of one forward pass over blocks: what bounds the memory of encoding prompts and passages
+FEED_TOKENS = 2**14  # rows x columns of one forward pass over blocks: what bounds the memory of encoding prompts and passages
 
 
 def feed(policy, cache, rows, blocks):
@@ -430,7 +432,9 @@ def rollout(
     run side by side changes nothing: the draw that picks a token belongs to its rollout and position.
     """
     device = policy.get_output_embeddings().weight.device
-    prompts = [tokenizer(make_prompt(q, tokenizer, do_search), add_special_tokens=False)["input_ids"] for q in questions]
+    # A chat template spells its special tokens out. Without one the tokenizer adds what its model expects first [D13].
+    plain = not getattr(tokenizer, "chat_template", None)
+    prompts = [tokenizer(make_prompt(q, tokenizer, do_search), add_special_tokens=plain)["input_ids"] for q in questions]
     for question, ids in zip(questions, prompts):
         if len(ids) >= max_length:
             raise ValueError(

@@ -136,6 +136,26 @@ def test_a_sampled_end_of_sequence_is_kept_and_trained():
     )
 
 
+def test_a_prompt_without_a_chat_template_begins_as_the_tokenizer_begins():
+    """Claim: [D13] with no chat template the tokenizer may put its start of sequence first; with one it may not do so again;
+    passages never get one.
+    Fails if: add_special_tokens is always False for prompts, or always True.
+    """
+
+    class Starts(s.ByteTokenizer):
+        def __call__(self, text, add_special_tokens=True, **_):
+            return {"input_ids": [7] * add_special_tokens + list(text.encode())}
+
+        def apply_chat_template(self, messages, **_):
+            return messages[0]["content"]
+
+    for template, start in ((None, 7), ("template", ord("A"))):
+        tokenizer = Starts()
+        tokenizer.chat_template = template
+        r, _, _ = scripted(["<search>a</search>", "<answer>b</answer>"], tokenizer=tokenizer)
+        assert r.ids[0] == start and 7 not in r.ids[1:]
+
+
 def test_the_last_turn_cannot_search():
     """Claim: max_turns searches, then one more turn; a search asked for there is not executed, earns no answer and no
     passages, and is not counted as valid.
