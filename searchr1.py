@@ -668,18 +668,21 @@ def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0):
 
 
 class Critic(torch.nn.Module):
-    """V(s_t) for PPO: a copy of the policy's body and one linear row, starting at 0 [official code: the same base model]."""
+    """V(s_t) for PPO: a copy of the policy's body and one linear row, starting at 0 [official code: the same base model].
 
-    def __init__(self, policy):
+    body: one that is shared instead of copied. The row is in fp32 whatever the body is: bf16 knows 0.5 and 0.504 only.
+    """
+
+    def __init__(self, policy, body=None):
         super().__init__()
-        self.body = copy.deepcopy(policy.base_model)
+        self.body = body or copy.deepcopy(policy.base_model)
         self.head = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, ids_BL):
         """ids [B, L] -> values [B, T] fp32: position t values the state before token t+1 is written."""
-        return self.head(self.body(input_ids=ids_BL, use_cache=False).last_hidden_state[:, :-1]).squeeze(-1).float()
+        return self.head(self.body(input_ids=ids_BL, use_cache=False).last_hidden_state[:, :-1].float()).squeeze(-1)
 
 
 # ----- 6. KL to the reference (Eq. 1) -----

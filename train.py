@@ -32,12 +32,20 @@ import shutil
 import signal
 import sys
 import time
+import types
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import data
 from eval import (
@@ -54,6 +62,7 @@ from eval import (
     run_main,
     task,
 )
+from kernels import default_chunk
 from retrieval import SearchFailed
 from searchr1 import (
     Critic, collate, format_reward, gae, group_advantages, head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
@@ -85,6 +94,13 @@ class Config:
     output_dir: str = flag("", "folder of the run; empty: outputs/run-<next number>")
     resume: str = flag("", "folder of a run to continue; alone: --output-dir's, or the newest; its config.json is used")
     device: str = flag("auto", "auto (cuda, else cpu), cpu, cuda or mps")
+    dtype: str = flag(
+        "auto", "weights and activations: bf16, fp32, or auto (bf16 with --model on cuda); official code: bf16 on fp32 masters"
+    )
+    lora_rank: int = flag(0, "rank of the adapters on one frozen base; 0: full fine-tuning, as in the paper")
+    lora_alpha: float = flag(32.0, "an adapter's change counts alpha / rank times")
+    gradient_checkpointing: bool = flag(False, "run each layer's forward pass again in the backward pass; official code: yes")
+    slots: int = flag(0, "rollouts in flight at once; bounds memory; 0: all of a step")
 
     steps: int = flag(100, "RL steps; the paper: 500")
     batch_size: int = flag(48, "questions a step, Q; the paper: 512")
@@ -94,8 +110,11 @@ class Config:
     lr: float = flag(5e-4, "learning rate of the policy; the paper: 1e-6")
     critic_lr: float = flag(1e-3, "learning rate of the critic; the paper: 1e-5")
     warmup_steps: int = flag(5, "linear warm-up of the learning rate, in RL steps; the paper: 0.285 of all")
+    critic_lr_warmup_steps: int = flag(5, "the same for the critic; the paper: 0.015 of all")
     critic_warmup_steps: int = flag(3, "first steps in which only the critic learns (PPO)")
     lr_decay: bool = flag(True, "second half: linear decay to a tenth")
+    adam_beta2: float = flag(0.95, "decay of Adam's mean square; official code: 0.999")
+    weight_decay: float = flag(0.0, "pull of the weights towards 0, and so away from the reference; official code: 0.01")
     max_grad_norm: float = flag(1.0, "gradient clipping; the paper: 1.0")
     clip_eps: float = flag(0.2, "epsilon of the clipped ratio; the paper: 0.2")
     value_clip: float = flag(0.5, "range of the clipped value loss; official code: 0.5")
@@ -146,6 +165,7 @@ CHOICES = {
     "algo": ("ppo", "grpo", "reinforce"),
     "kl_in": ("reward", "loss"),
     "reward": ("em", "format"),
+    "dtype": ("auto", "bf16", "fp32"),
     "invalid_message": tuple(INVALID_MESSAGES),
 }
 POSITIVE = (
@@ -156,6 +176,7 @@ POSITIVE = (
     "micro_batch_tokens",
     "lr",
     "critic_lr",
+    "lora_alpha",
     "max_grad_norm",
     "temperature",
     "max_new_tokens",
@@ -198,8 +219,11 @@ def check_config(config):
     for name in POSITIVE:
         if not getattr(config, name) > 0:
             raise Mistake(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
-    if config.max_turns < 0 or config.kl_coef < 0 or config.warmup_steps < 0:
-        raise Mistake("--max-turns, --kl-coef and --warmup-steps cannot be negative")
+    for name in ("max_turns", "kl_coef", "warmup_steps", "critic_lr_warmup_steps", "lora_rank", "slots", "weight_decay"):
+        if getattr(config, name) < 0:
+            raise Mistake(f"--{name.replace('_', '-')} {getattr(config, name)}: cannot be negative")
+    if not 0 <= config.adam_beta2 < 1:
+        raise Mistake(f"--adam-beta2 {config.adam_beta2}: must be at least 0 and below 1")
     if bool(config.train_data) != bool(config.corpus):
         raise Mistake("--train-data and --corpus belong together: questions, and the passages that answer them")
     if config.model and not config.train_data:
@@ -212,15 +236,19 @@ def check_config(config):
         raise Mistake(f"--save-hidden {config.save_hidden}: there is no folder {Path(config.save_hidden).parent}")
 
 
+# What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
+RESUME_MAY_CHANGE = {"steps", "save_every", "save_hidden", "slots", "micro_batch_tokens", "gradient_checkpointing"}
+
+
 def resumed_config(given):
-    """--resume [DIR] -> the run's saved Config. Only --steps, --save-every and --save-hidden may differ from what was saved."""
+    """--resume [DIR] -> the run's saved Config, with what RESUME_MAY_CHANGE from the command line."""
     runs = sorted(Path("outputs").glob("run-*/config.json"), key=lambda file: file.stat().st_mtime)
     newest = str(runs[-1].parent) if runs else "outputs/run-*"
     folder = given["resume"] if given["resume"] != "auto" else given.get("output_dir", newest)
     if not list(Path(folder).glob("checkpoint-*/trainer_state.pt")):
         raise Mistake(f"--resume: no checkpoint to continue from in {folder}")
-    saved = json.loads((Path(folder) / "config.json").read_text())
-    for name in set(given) - {"resume", "output_dir", "steps", "save_every", "save_hidden"}:
+    saved = asdict(Config()) | json.loads((Path(folder) / "config.json").read_text())  # a flag may be younger than the run
+    for name in set(given) - {"resume", "output_dir"} - RESUME_MAY_CHANGE:
         if given[name] != saved[name]:
             raise Mistake(
                 f"--resume continues a run as it was, with --{name.replace('_', '-')} {saved[name]}; {given[name]} cannot take its place on the way"
@@ -235,7 +263,8 @@ def load_run(config):
     """Config -> (policy, tokenizer, search, draw(step) -> questions, train sample, held-out sample)."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if config.model:
-        policy, tokenizer = load_checkpoint(config.model, device)
+        bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.startswith("cuda"))
+        policy, tokenizer = load_checkpoint(config.model, device, torch.bfloat16 if bf16 else torch.float32)
         questions, engine, _ = task(0, config.corpus, config.train_data)
         if config.eval_data:
             held = read_file(data.load_questions, config.eval_data)
@@ -264,6 +293,9 @@ def load_run(config):
         began = time.perf_counter()
         policy, tokenizer, folder = data.base_model(data.BaseConfig(seed=config.seed), "outputs")
         policy = policy.to(device)
+        if config.dtype == "bf16":  # PITFALL: policy.to(bfloat16) would round the frequencies of the positions, too
+            for p in policy.parameters():
+                p.data = p.data.bfloat16()
         print(
             f"base model: {sum(p.numel() for p in policy.parameters()):,} parameters, in {folder} ({time.perf_counter() - began:.0f} s)"
         )
@@ -275,7 +307,276 @@ def load_run(config):
     return policy, tokenizer, engine.search, draw, fixed_sample(questions, config.eval_limit), fixed_sample(held, config.eval_limit)
 
 
-# ----- 3. The update (phase 6) -----
+# ----- 3. Four networks on one card -----
+#
+# The paper moves four copies of a model: the policy, once more in the engine that samples, the reference, the critic.
+# Ours samples with the policy itself. Full fine-tuning keeps the three others; with --lora-rank they are roles of one
+# frozen base:
+#
+#     policy = base + its adapter        reference = base, adapters off        critic = base + a second adapter + head
+#
+# The loop names the role wherever it is not the policy's; for a full model that says nothing new and does nothing.
+
+
+class Adapted(torch.nn.Module):
+    """A frozen linear layer and, for each role, a trained change of low rank [LoRA Eq. 3]: y = W x + b + alpha/r B A x.
+
+    weight [out, in] and bias are the layer's own, under their old names; A [r, in] is uniform in +-1/sqrt(in) and B
+    [out, r] is 0, so that at first every role is the base model. `role` is whose change is on, None is nobody's.
+    """
+
+    role = "policy"
+
+    def __init__(self, linear, roles, rank, alpha, generator):
+        super().__init__()
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        new = lambda *shape: linear.weight.new_zeros(shape)
+        self.A = torch.nn.ParameterDict({name: new(rank, linear.in_features) for name in roles})
+        self.B = torch.nn.ParameterDict({name: new(linear.out_features, rank) for name in roles})
+        for A in self.A.values():
+            A.data.copy_(torch.empty(A.shape).uniform_(-1, 1, generator=generator) * linear.in_features**-0.5)
+        self.train(linear.training)
+
+    def forward(self, x):
+        x_nD = x.reshape(-1, x.shape[-1])
+        y_nD = torch.nn.functional.linear(x_nD, self.weight, self.bias)
+        if self.role:  # two thin products; the second adds onto y where it lies: decoding counts its kernels
+            y_nD = y_nD.addmm_(x_nD @ self.A[self.role].T, self.B[self.role].T, alpha=self.scale)
+        return y_nD.view(*x.shape[:-1], -1)
+
+
+def adapt(policy, roles, rank, alpha, seed=0):
+    """Freeze a causal LM and turn, in place, every linear layer of its body (never the lm_head) into an Adapted one."""
+    policy.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for block in list(policy.base_model.modules()):
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                setattr(block, name, Adapted(layer, roles, rank, alpha, generator))
+    return policy
+
+
+@contextlib.contextmanager
+def role(model, name):
+    """In here an adapted model plays `name`: "policy" as everywhere else, "critic", or None, the base model. A full
+    model has one role only. PITFALL: with gradient checkpointing backward() runs the forward pass again. Call it in
+    here as well, or the gradient is that of the policy's activations, and nothing complains."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Adapted)]
+    for layer in layers:
+        layer.role = name
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.role = Adapted.role
+
+
+def trained(model, name):
+    """What the role `name` trains in `model`, {parameter's name: parameter}: everything in a full model; in an adapted
+    one its own adapters, and the critic's head."""
+    other = {"policy": ".critic", "critic": ".policy"}[name]
+    return {key: p for key, p in model.named_parameters() if p.requires_grad and not key.endswith(other)}
+
+
+def merged_state(policy):
+    """The state dict of the unadapted model that answers as the policy does. Each sum W + alpha/r B A is made in fp32
+    and rounded once; on the CPU, since a card that ran out of memory has no room for it."""
+    state = {key: t for key, t in policy.state_dict().items() if not key.endswith((".policy", ".critic"))}
+    for key, layer in policy.named_modules():
+        if isinstance(layer, Adapted):
+            W, A, B = (t.detach().cpu().float() for t in (layer.weight, layer.A["policy"], layer.B["policy"]))
+            state[f"{key}.weight"] = torch.addmm(W, B, A, alpha=layer.scale).to(layer.weight.dtype)
+    return state
+
+
+def adam(parameters, lr, config):
+    """{name: parameter} -> AdamW over their fp32 masters: a parameter in fp32 itself, of one in bf16 a copy.
+
+    PITFALL: bf16 has 8 significant bits: from 0.02 the next number is 1.2e-4 away. An Adam step at the paper's learning
+    rate is 1e-6, which rounds back to where it was, every step: nothing is learned, and no log shows it. So the sums
+    are kept in fp32: gradients of micro-batches go to the master as they appear, the optimiser moves the master, and
+    the parameter is the master, rounded. It is written in place: CUDA graphs of the rollout read that very address.
+    """
+    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters.values()]
+    copies = [(p, master) for p, master in zip(parameters.values(), masters) if p is not master]
+
+    def hand_over(master, p):
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    for p, master in copies:
+        p.register_post_accumulate_grad_hook(functools.partial(hand_over, master))
+    # No weight decay by default: it would pull the weights to 0, and so away from the reference.
+    optimizer = torch.optim.AdamW(
+        masters, lr=lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=masters[0].is_cuda or None
+    )  # fused: the other variants hold a second copy of everything for a moment
+    optimizer.register_step_post_hook(lambda *_: [p.detach().copy_(master.detach()) for p, master in copies])
+    return optimizer
+
+
+def recomputed(layer, *args, **kwargs):
+    """forward() of a decoder layer that keeps its input only; what the backward pass needs is computed again there.
+
+    transformers has this built in, for layers in training mode. Ours stay in eval mode: dropout would make old and new
+    log-probs differ. Without gradients (rollouts, phase 4) there is nothing to keep, and it is the plain forward().
+    """
+    plain = functools.partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():
+        return plain(*args, **kwargs)
+    return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+@dataclass
+class Models:
+    """The four networks of the paper and what moves them; critic and its optimiser are None but for PPO. The policy is
+    also the engine that samples; with adapters it is the reference and the critic's body, too."""
+
+    policy: torch.nn.Module
+    reference: torch.nn.Module  # pi_ref of Eq. 1: the policy as it was, frozen
+    critic: torch.nn.Module | None
+    optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer | None
+    updates: int = 0  # optimiser steps since the program started, counted as they begin
+
+    def learners(self):
+        """(role, network, its optimiser) of what is trained."""
+        critic = [("critic", self.critic, self.critic_optimizer)] if self.critic else []
+        return [("policy", self.policy, self.optimizer)] + critic
+
+
+def make_models(policy, config):
+    """A causal LM and the Config -> Models. The policy stays the object it is."""
+    ppo = config.algo == "ppo"
+    if config.lora_rank:
+        reference = adapt(policy, ("policy", "critic") if ppo else ("policy",), config.lora_rank, config.lora_alpha, config.seed)
+        critic = Critic(policy, policy.base_model).to(policy.device) if ppo else None
+    else:
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        critic = Critic(policy).to(policy.device) if ppo else None
+    if config.gradient_checkpointing:
+        for network in (policy, critic) if ppo else (policy,):
+            for layer in network.modules():
+                if isinstance(layer, GradientCheckpointingLayer):  # transformers' mark of a decoder layer
+                    layer.forward = types.MethodType(recomputed, layer)
+    critic_optimizer = adam(trained(critic, "critic"), config.critic_lr, config) if ppo else None
+    return Models(policy, reference, critic, adam(trained(policy, "policy"), config.lr, config), critic_optimizer)
+
+
+# ----- 4. Memory, told in advance -----
+
+# What is held for a while only, by the moment at which it is. Everything else is held all the time.
+MOMENTS = {
+    "writing rollouts": ("keys and values", "sampling"),
+    "log-probs in the update": ("gradients", "activations", "log-probs"),
+    "one layer in the update": ("gradients", "activations", "one layer"),
+}
+
+
+def predict_memory(policy, config):
+    """A causal LM as it was loaded, and the Config -> {what: bytes} that the run will hold. Weights, adapters, masters
+    and Adam are exact; keys and values, and activations are those of the longest rollouts that max_length allows."""
+    c, e, device = policy.config, policy.dtype.itemsize, policy.device.type
+    D, I, V, H, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.num_hidden_layers
+    head_dim = getattr(c, "head_dim", None) or D // H
+    q, kv = H * head_dim, (getattr(c, "num_key_value_heads", None) or H) * head_dim
+    lora, critics, r = bool(config.lora_rank), config.algo == "ppo", config.lora_rank
+    numbers = lambda module: sum(p.numel() for p in module.parameters())
+    linears = [m for m in policy.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    head = critics * (D + 1)  # of the critic, always in fp32
+
+    # Trained numbers, and tensors: of each role its adapters [r, in] and [out, r], or the policy and the critic's body.
+    adapters = sum(r * (m.in_features + m.out_features) for m in linears)
+    bodies = numbers(policy) + critics * numbers(policy.base_model)
+    count = (1 + critics) * adapters if lora else bodies
+    tensors = (1 + critics) * 2 * len(linears) if lora else sum(1 for _ in policy.parameters())
+    tensors += critics * (2 + (0 if lora else sum(1 for _ in policy.base_model.parameters())))
+
+    # What autograd keeps of a layer, bytes a token. Each norm: its input in fp32 (4), the normalised value where its
+    # weight is trained (e), the result (e). Attention: q, k, v as rotated and its output, one fp32 a head. MLP: gate,
+    # silu(gate), up, their product. Qwen3's norms of q and k, too. Adapters: A x, of 7 layers.
+    norm = 4 + e + e * (not lora)
+    layer = 2 * D * norm + e * (2 * q + 2 * kv + 4 * I) + 4 * H + e * r * (len(linears) // layers)
+    layer += (norm - e) * (q + kv) * any("q_norm" in name for name, _ in policy.base_model.named_modules())
+    # Kept from the forward pass on: all layers in full, or with gradient checkpointing the input of each. In the
+    # backward pass one layer is made again, if it was not kept, and the gradients of the MLP's parts come to it.
+    kept = layers * (e * D if config.gradient_checkpointing else layer) + D * norm  # the last norm is always kept
+    once = layer * config.gradient_checkpointing + e * (3 * I + 2 * D)
+    tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: one row at least
+    # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), the rows
+    # in e, their gradient in fp32 and in e; where the lm_head is trained its gradient, and tied, the embedding's.
+    slice = 4 * tokens * default_chunk(tokens, V, device)
+    logits = slice * (1 + e / 4 if device == "cuda" else 4) + tokens * D * (4 + 3 * e)
+    logits += 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings))
+
+    rollouts = config.batch_size * config.group_size
+    slots = min(config.slots or rollouts, max(rollouts, min(256, config.eval_limit)))  # 256: evaluate()'s batch
+    return {
+        "weights": e * numbers(policy),
+        "reference's weights": 0 if lora else e * numbers(policy),
+        "critic's weights": 0 if lora else critics * e * numbers(policy.base_model),
+        "critic's head": 4 * head,
+        "adapters": lora * e * count,
+        "fp32 masters": 4 * count if e != 4 else 0,
+        "Adam": 8 * (count + head) + 4 * tensors,  # two means, and the number of steps
+        "gradients": 4 * (count + head),
+        "keys and values": slots * config.max_length * layers * 2 * kv * e,
+        "sampling": slots * V * 4 * 3,  # logits, log-probs, probabilities
+        "activations": tokens * kept,
+        "log-probs": int(logits),
+        "one layer": tokens * once,
+    }
+
+
+def predicted_peak(memory):
+    """What predict_memory says -> (bytes at the fullest moment, which moment)."""
+    passing = set().union(*MOMENTS.values())
+    always = sum(count for name, count in memory.items() if name not in passing)
+    return max((always + sum(memory[name] for name in names), moment) for moment, names in MOMENTS.items())
+
+
+def size(count):
+    """Bytes -> text."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def memory_table(memory):
+    peak, moment = predicted_peak(memory)
+    lines = [f"  {name:20}{size(count):>12}" for name, count in memory.items() if count]
+    return "\n".join(["memory, predicted:", *lines, f"  {'at the most':20}{size(peak):>12}   ({moment})"])
+
+
+def peak_bytes(device):
+    """The most that this process has held so far: on CUDA in tensors, elsewhere all of its resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# What to do when memory ran out, by what the run was doing. A resumed run may change all but --max-length.
+REMEDIES = {
+    "the rollouts": "lower --slots (now {slots}), or in a new run --max-length",
+    "the log-probs": "lower --micro-batch-tokens (now {micro_batch_tokens})",
+    "the update": "lower --micro-batch-tokens (now {micro_batch_tokens}), then add --gradient-checkpointing",
+    "the evaluation": "lower --slots (now {slots}), or in a new run --max-length",
+    "loading": "take --lora-rank 16 (now {lora_rank}), so that one base serves all roles, or a smaller --preset",
+}
+
+
+def ending(error, doing, config):
+    """An exception of a run -> the one line that it ends with, as an exception; raised as it is if no user can help it."""
+    if isinstance(error, SearchFailed):
+        return error.with_traceback(None)
+    # CUDA has a class of its own for it; the CPU's and cuBLAS's errors are known by their words.
+    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(w in str(error) for w in words):
+        raise error
+    now = asdict(config) | {"slots": config.slots or f"all {config.batch_size * config.group_size}"}
+    return Mistake(f"out of memory in {doing}; {REMEDIES[doing].format(**now)}")
+
+
+# ----- 5. The update (phase 6) -----
 
 
 def micro_batches(batch, index, budget):
@@ -326,11 +627,11 @@ def update(models, batch, step, config, rng):
     """
     policy, critic = models.policy, models.critic
     if batch.ref_logprobs_BT is None:  # KL in the loss: only now, and only for the rows that are trained
-        batch.ref_logprobs_BT = logprobs_under(models.reference, batch, config)
-    rate = learning_rate_factor(step, config)
+        with role(models.reference, None):
+            batch.ref_logprobs_BT = logprobs_under(models.reference, batch, config)
     train_policy = not critic or step > config.critic_warmup_steps  # a critic that knows nothing yet would only add noise
-    trained = [(policy, models.optimizer, config.lr)] if train_policy else []
-    trained += [(critic, models.critic_optimizer, config.critic_lr)] if critic else []
+    learners = models.learners() if train_policy else models.learners()[1:]
+    warmups = {"policy": (config.lr, config.warmup_steps), "critic": (config.critic_lr, config.critic_lr_warmup_steps)}
     rows = list(range(len(batch.ids_BL)))
     rng.shuffle(rows)
     count = min(config.minibatches, len(rows))
@@ -351,45 +652,29 @@ def update(models, batch, step, config, rng):
                 for name, value in {"kl": kl, "entropy": entropy, "clip_ratio": clipped, "policy_loss": pg_loss}.items():
                     sums[name] += (value * share).item() / count
             if critic:
-                v_loss = value_loss(critic(part.ids_BL), part.values_BT, part.returns_BT, mask_BT, config.value_clip)
-                (v_loss * share).backward()
+                with role(critic, "critic"):
+                    v_loss = value_loss(critic(part.ids_BL), part.values_BT, part.returns_BT, mask_BT, config.value_clip)
+                    (v_loss * share).backward()  # in here, too: it may run the forward pass again
                 sums["value_loss"] += (v_loss * share).item() / count
-        for model, optimizer, lr in trained:
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-            sums["grad_norm" if model is policy else "critic_grad_norm"] += norm / count
-            optimizer.param_groups[0]["lr"] = lr * rate
+        models.updates += 1
+        for name, _, optimizer in learners:
+            (group,), (lr, warmup_steps) = optimizer.param_groups, warmups[name]
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm).item()  # of the masters, in fp32
+            sums["grad_norm" if name == "policy" else "critic_grad_norm"] += norm / count
+            group["lr"] = lr * learning_rate_factor(step, warmup_steps, config)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return dict(sums)
 
 
-def learning_rate_factor(step, config):
+def learning_rate_factor(step, warmup_steps, config):
     """Linear warm-up [D11]; with lr_decay constant to half-way, then linear to a tenth at the last step."""
-    warm = min(1.0, step / max(1, config.warmup_steps))
+    warm = min(1.0, step / max(1, warmup_steps))
     late = max(0.0, (step / config.steps - 0.5) / 0.5)
     return warm * (1 - 0.9 * late if config.lr_decay else 1.0)
 
 
-# ----- 4. The phases that are more than one call -----
-
-
-@dataclass
-class Models:
-    """The four networks of the paper and what moves them; critic and its optimiser are None but for PPO."""
-
-    policy: torch.nn.Module
-    reference: torch.nn.Module  # pi_ref of Eq. 1: the policy as it was, frozen
-    critic: torch.nn.Module | None
-    optimizer: torch.optim.Optimizer
-    critic_optimizer: torch.optim.Optimizer | None
-
-
-def make_models(policy, config):
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    critic = Critic(policy).to(policy.device) if config.algo == "ppo" else None
-    # No weight decay: it would pull the weights to 0, and so away from the reference.
-    adam = lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return Models(policy, reference, critic, adam(policy, config.lr), adam(critic, config.critic_lr) if critic else None)
+# ----- 6. The phases that are more than one call -----
 
 
 def rewards(rollouts, golds, config, rng):
@@ -407,10 +692,12 @@ def score_batch(models, batch, rewards_B, config):
         batch.old_logprobs_BT = logprobs_under(models.policy, batch, config)
     token_rewards_BT = rewards_at_end(rewards_B.to(batch.ids_BL.device), batch.mask_BT)
     if config.kl_in == "reward":  # [Eq. 1]  r - beta log(pi / pi_ref): k1, a token at a time, under the old policy
-        batch.ref_logprobs_BT = logprobs_under(models.reference, batch, config)
+        with role(models.reference, None):
+            batch.ref_logprobs_BT = logprobs_under(models.reference, batch, config)
         token_rewards_BT = token_rewards_BT - config.kl_coef * kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT)  # 0 where masked
     if models.critic:
-        batch.values_BT = score(lambda part: models.critic(part.ids_BL), batch, config.micro_batch_tokens)
+        with role(models.critic, "critic"):
+            batch.values_BT = score(lambda part: models.critic(part.ids_BL), batch, config.micro_batch_tokens)
     return token_rewards_BT
 
 
@@ -452,7 +739,7 @@ def measure(questions, rollouts, rewards_B, em_B, losses, config):
     }
 
 
-# ----- 5. What is kept -----
+# ----- 7. What is kept -----
 
 
 def append_line(file, record):
@@ -470,44 +757,59 @@ def sample_record(step, question, r, tokenizer):
 
 
 def save_checkpoint(out, step, models, tokenizer, config, settings):
-    """OUTPUT_DIR/checkpoint-<step>: an ordinary Hugging Face folder, how its conversations run (search_r1.json), and
-    what resuming needs (trainer_state.pt). It appears whole or not at all."""
+    """OUTPUT_DIR/checkpoint-<step>: an ordinary Hugging Face folder, adapters merged, how its conversations run
+    (search_r1.json), and what resuming needs (trainer_state.pt). It appears whole or not at all."""
     unfinished = out / f"unfinished-{step}"
-    models.policy.save_pretrained(unfinished)
+    models.policy.save_pretrained(unfinished, state_dict=merged_state(models.policy))
     tokenizer.save_pretrained(unfinished)
     (unfinished / "search_r1.json").write_text(
         json.dumps(settings | {"world_seed": config.world_seed, "corpus": config.corpus or None}, indent=2) + "\n"
     )
-    state = {
-        name: getattr(models, name).state_dict() for name in ("optimizer", "critic", "critic_optimizer") if getattr(models, name)
-    }
-    torch.save(state | {"step": step}, unfinished / "trainer_state.pt")
+    state = {"step": step}
+    for name, network, optimizer in models.learners():
+        masters = optimizer.param_groups[0]["params"]
+        state[f"{name}_optimizer"] = optimizer.state_dict()
+        if not saved_whole(name, models):
+            state[name] = {key: master.detach() for key, master in zip(trained(network, name), masters)}
+    torch.save(state, unfinished / "trainer_state.pt")
     shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
     unfinished.rename(out / f"checkpoint-{step}")
+
+
+def saved_whole(name, models):
+    """True if the folder's weights are what is trained, bit for bit: a full policy in fp32. Merged or rounded ones are not."""
+    return name == "policy" and models.policy.dtype == torch.float32 and models.reference is not models.policy
 
 
 def restore(out, models):
     """The newest checkpoint of a run -> its step; the logs are cut back to it, since what came after will be done again."""
     newest = max(out.glob("checkpoint-*/trainer_state.pt"), key=lambda file: int(file.parent.name.split("-")[1]))
-    state = torch.load(newest, map_location=models.policy.device, weights_only=True)
-    models.policy.load_state_dict(load_checkpoint(newest.parent, models.policy.device)[0].state_dict())
-    for name in ("optimizer", "critic", "critic_optimizer"):
-        if getattr(models, name):
-            getattr(models, name).load_state_dict(state[name])
+    state = torch.load(newest, map_location="cpu", weights_only=True)  # a second copy of it all might not fit on the card
+    for name, network, optimizer in models.learners():
+        values = load_checkpoint(newest.parent)[0].state_dict() if saved_whole(name, models) else state[name]
+        optimizer.load_state_dict(state[f"{name}_optimizer"])
+        for (key, p), master in zip(trained(network, name).items(), optimizer.param_groups[0]["params"]):
+            master.detach().copy_(values[key])
+            p.detach().copy_(master)
     for file in (out / "metrics.jsonl", out / "samples.jsonl"):
         lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
         file.write_text("".join(line + "\n" for line in lines))
     return state["step"]
 
 
-# ----- 6. The loop -----
+# ----- 8. The loop -----
 
 
-def train(config, policy, tokenizer, search, draw, train_sample, held_out):
-    """The outer loop; everything it learns is in OUTPUT_DIR afterwards."""
+def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes_before=0):
+    """The outer loop; everything it learns is in OUTPUT_DIR afterwards. bytes_before: peak_bytes() before the model."""
     out, device = Path(config.output_dir), policy.device
     settings = {name: getattr(config, name) for name in SETTINGS if name != "do_search"} | {"do_search": not config.no_search}
-    models = make_models(policy.eval(), config)  # eval mode throughout: dropout would make old and new log-probs differ
+    memory = predict_memory(policy, config)
+    print(memory_table(memory))
+    try:
+        models = make_models(policy.eval(), config)  # eval mode throughout: dropout would make old and new log-probs differ
+    except (RuntimeError, MemoryError) as error:
+        raise ending(error, "loading", config) from None
 
     def evaluation(step):
         """Greedy on the held-out sample; in the tiny world the first and last also sampled, and on training questions."""
@@ -529,7 +831,10 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
         start = 0
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        metrics, after = evaluation(0)
+        try:
+            metrics, after = evaluation(0)
+        except (SearchFailed, RuntimeError, MemoryError) as error:
+            raise ending(error, "the evaluation", config) from None
         append_line(out / "metrics.jsonl", {"step": 0} | metrics)
         append_line(out / "samples.jsonl", sample_record(0, held_out[-1], after[-1], tokenizer))
         print("before training: " + describe(metrics))
@@ -542,61 +847,72 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
             rng = random.Random(f"{config.seed} step {step}")
             began = time.perf_counter()
 
-            # Phase 1. Questions.
-            questions = draw(step)
-
-            # Phase 2. Rollouts [Alg. 1], the group_size of a question in a row: group ids are positions in the batch.
+            updates = models.updates
             try:
+                # Phase 1. Questions.
+                questions = draw(step)
+
+                # Phase 2. Rollouts [Alg. 1], the group_size of a question in a row: group ids are positions in the batch.
+                doing = "the rollouts"
                 rollouts = rollout(
                     policy, tokenizer, [q.question for q in questions], search, config.group_size, temperature=config.temperature,
                     generator=generator, **settings | {"invalid_message": INVALID_MESSAGES[config.invalid_message]},
                 )  # fmt: skip
-            except SearchFailed as error:  # nothing found would be trained on; so the run ends here and keeps what it has
-                if step > start + 1:
-                    save_checkpoint(out, step - 1, models, tokenizer, config, settings)
-                kept = (
-                    f"saved after step {step - 1}, continue with: python train.py --resume {out}"
-                    if step > 1
-                    else "no step was done"
+                rolled_out = time.perf_counter()
+
+                # Phase 3. Rewards [Eq. 4].
+                doing = "the log-probs"
+                rewards_B, em_B = rewards(
+                    rollouts, [q.golden_answers for q in questions for _ in range(config.group_size)], config, rng
                 )
-                raise SearchFailed(f"{error}; {kept}") from None
-            rolled_out = time.perf_counter()
 
-            # Phase 3. Rewards [Eq. 4].
-            rewards_B, em_B = rewards(
-                rollouts, [q.golden_answers for q in questions for _ in range(config.group_size)], config, rng
-            )
+                # Phase 4. The batch, log-probs of the reference, values of the critic.
+                batch = collate(rollouts, device, mask_retrieved=not config.no_mask)
+                token_rewards_BT = score_batch(models, batch, rewards_B, config)
 
-            # Phase 4. The batch, log-probs of the reference, values of the critic.
-            batch = collate(rollouts, device, mask_retrieved=not config.no_mask)
-            token_rewards_BT = score_batch(models, batch, rewards_B, config)
+                # Phase 5. Advantages [Eq. 2: GAE, Eq. 3: group].
+                batch = advantages(batch, token_rewards_BT, config)
 
-            # Phase 5. Advantages [Eq. 2: GAE, Eq. 3: group].
-            batch = advantages(batch, token_rewards_BT, config)
+                if config.save_hidden and step == start + 1:
+                    save_hidden(policy, batch, config)
 
-            if config.save_hidden and step == start + 1:
-                save_hidden(policy, batch, config)
-
-            # Phase 6. Update [Eq. 2, Eq. 3].
-            losses = update(models, batch, step, config, rng)
+                # Phase 6. Update [Eq. 2, Eq. 3].
+                doing = "the update"
+                losses = update(models, batch, step, config, rng)
+            except (SearchFailed, RuntimeError, MemoryError) as error:  # this step is not done; those before it are kept
+                ended, kept = ending(error, doing, config), "no step was done"
+                if step > 1:
+                    new, kept = not (out / f"checkpoint-{step - 1}").exists(), f"saved after step {step - 1}"
+                    if new:
+                        save_checkpoint(out, step - 1, models, tokenizer, config, settings)
+                    if new and models.updates > updates:  # to undo them a second copy of all that is trained would be needed
+                        kept += f" and the first of the {config.minibatches} updates of step {step}, which will be done again,"
+                    kept += f", continue with: python train.py --resume {out}"
+                bar.close()
+                raise type(ended)(f"{ended}; {kept}") from None
 
             # Phase 7. Log.
             seconds = time.perf_counter() - began
             record = {"step": step} | measure(questions, rollouts, rewards_B, em_B, losses, config)
             record |= {
-                "lr": config.lr * learning_rate_factor(step, config),
+                "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
                 "timing_s/rollout": rolled_out - began,
                 "timing_s/update": began + seconds - rolled_out,
             }
             record["tokens_per_s"] = sum(len(r.ids) for r in rollouts) / seconds
+            if step == start + 1:
+                what = "tensors on the card" if device.type == "cuda" else "resident memory, the search index included"
+                measured, predicted = size(peak_bytes(device) - bytes_before), size(predicted_peak(memory)[0])
+                tqdm.write(f"memory, measured: {measured} at the most ({what}); predicted: {predicted}")
 
             # Phase 8. Evaluate and save.
             gone = None
             if step % config.eval_every == 0 or step == config.steps:
                 try:
                     metrics, after = evaluation(step)
-                except SearchFailed as error:  # the step itself is done: it is logged and saved, without its evaluation
-                    gone, metrics = error, {}
+                except (SearchFailed, RuntimeError, MemoryError) as error:
+                    # The step itself is done: it is logged and saved, without its evaluation.
+                    gone, metrics = ending(error, "the evaluation", config), {}
                 record |= metrics
                 names = ("eval/em_1hop", "eval/em_2hop") if "eval/em_1hop" in metrics else ("eval/em",)
                 held_out_em = " / ".join(f"{metrics[name]:.2f}" for name in names if name in metrics) or "-"
@@ -608,7 +924,8 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out):
             if step == config.steps or stop or gone or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(out, step, models, tokenizer, config, settings)
             if gone:
-                raise SearchFailed(
+                bar.close()
+                raise type(gone)(
                     f"{gone}; saved after step {step}, which was not evaluated; python train.py --resume {out} goes on"
                 )
             if stop and step < config.steps:
@@ -636,7 +953,7 @@ def stop_at_step_end():
             signal.signal(number, handler)
 
 
-# ----- 7. What came out -----
+# ----- 9. What came out -----
 
 
 def describe(metrics):
@@ -679,7 +996,12 @@ def report(config):
 def main(argv=None):
     config = parse_config(sys.argv[1:] if argv is None else argv)
     print("config: " + ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
-    train(config, *load_run(config))
+    bytes_before = 0 if torch.cuda.is_available() else peak_bytes(torch.device("cpu"))  # Python, torch and what they import
+    try:
+        run = load_run(config)
+    except (RuntimeError, MemoryError) as error:
+        raise ending(error, "loading", config) from None
+    train(config, *run, bytes_before)
     plot_runs(read_runs([config.output_dir]), Path(config.output_dir) / "curves.png")
     report(config)
 
