@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 import data
 import searchr1
 from retrieval import SearchFailed, build_index, engine_from
-from searchr1 import check_format, f1_score, outcome_reward, policy_view, rollout, transcript
+from searchr1 import Slots, check_format, f1_score, outcome_reward, policy_view, rollout, transcript
 
 transformers_logging.disable_progress_bar()
 
@@ -72,19 +72,21 @@ def run_main(main):
 # ----- 1. Metrics -----
 
 
-def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, generator=None, batch_size=256, progress=False):
+def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, generator=None, batch_size=256, progress=False, cache=None):
     """Answer every question once -> (metrics, rollouts in the order of the questions).
 
     metrics: em, f1 (means over all questions), searches (executed, a question), finished, valid_format (shares),
     response_tokens (the policy's own, a question); with hops known also em_1hop, em_2hop, searches_1hop, searches_2hop.
     """
     settings = settings | {"invalid_message": INVALID_MESSAGES[settings["invalid_message"]]}
+    on_gpu = policy.get_output_embeddings().weight.is_cuda
+    cache = cache or Slots(policy, min(len(questions), 64 if on_gpu else batch_size), settings["max_length"])
     rollouts, right = [], 0.0
     bar = tqdm(range(0, len(questions), batch_size), desc="evaluate", disable=not progress)
     for at in bar:
         part = questions[at : at + batch_size]
         rollouts += rollout(
-            policy, tokenizer, [q.question for q in part], search, temperature=temperature, generator=generator, **settings
+            policy, tokenizer, [q.question for q in part], search, temperature=temperature, generator=generator, cache=cache, **settings
         )
         right += sum(outcome_reward(r.answer, q.golden_answers) for r, q in zip(rollouts[at:], part))
         bar.set_postfix_str(f"EM {right / len(rollouts):.3f}")

@@ -11,8 +11,9 @@ PPO and GRPO differ in phase 5 and in where the KL penalty stands (PPO: k1 in th
 Shapes as in searchr1.py: B = Q*G rollouts, L ids, T = L-1 predictions.
 
 Departures, besides those of searchr1.py:
-  [D9]  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 1e-5 (a test says so), and a
-        forward pass is saved. --recompute-old-logprobs asks the trainer again, as the official code does.
+  [D9]  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 2e-5 (a test says so), and a
+        forward pass is saved. In bf16 they differ by 0.01 a token; there, as in the official code, the trainer is asked
+        again (--recompute-old-logprobs).
   [D10] GRPO: groups whose rewards are all equal have advantage 0 and are left out of the update, and so is the KL
         term of their tokens; if all groups are like that, all stay and only KL acts. Logged as frac_reward_zero_std.
   [D11] The learning rate warms up from lr/warmup_steps, not from 0: the official schedule wastes the first step. On
@@ -65,7 +66,7 @@ from eval import (
 from kernels import default_chunk
 from retrieval import SearchFailed
 from searchr1 import (
-    Critic, collate, format_reward, gae, group_advantages, head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
+    FEED_TOKENS, Critic, Slots, collate, format_reward, gae, group_advantages, head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
     token_logprobs, token_mean, transcript, value_loss, whiten,
 )  # fmt: skip
 
@@ -80,16 +81,23 @@ def flag(default, help):
 class Config:
     """Every value of a run. Defaults are the tiny world's with GRPO; PRESETS override them; flags override those."""
 
-    preset: str = flag("", "tiny (default) or real (default with --model)")
+    preset: str = flag("", "tiny (default), real (default with --model), or a model and what it is trained on")
     algo: str = flag("grpo", "ppo, grpo or reinforce")
     seed: int = flag(0, "of everything but the world: base model, questions, sampling")
     world_seed: int = flag(0, "which tiny world")
     model: str = flag("", "folder or hub id of a causal LM; empty: the tiny base model")
-    train_data: str = flag("", "question file (JSON lines: id, question, golden_answers); empty: the tiny world")
-    eval_data: str = flag("", "held-out question file; empty: the last tenth of --train-data, 100 at most")
+    train_data: str = flag(
+        "",
+        "question file (JSON lines: id, question, golden_answers), or sets by name: hotpotqa, nq+hotpotqa; empty: the tiny world",
+    )
+    eval_data: str = flag("", "the same, held out; empty: the sets' evaluation splits, or a file's last tenth, 100 at most")
     corpus: str = flag(
         "",
-        "what is searched: passage file (JSON lines: id, contents), DIR of an index, bm25:FILE or DIR, http://host:port/retrieve",
+        "what is searched: passage file (JSON lines: id, contents), DIR of an index, contexts (the paragraphs that come with the questions), wiki18, "
+        "bm25: and any of these, http://host:port/retrieve",
+    )
+    encoder: str = flag(
+        "hashed", "what contexts and wiki18 are indexed with: hashed, or folder or hub id (the paper: intfloat/e5-base-v2)"
     )
     output_dir: str = flag("", "folder of the run; empty: outputs/run-<next number>")
     resume: str = flag("", "folder of a run to continue; alone: --output-dir's, or the newest; its config.json is used")
@@ -147,21 +155,67 @@ class Config:
     )
 
 
-# The tiny world's own values are the defaults above. "real" is the paper's recipe with a batch for one card.
+# The paper's recipe [facts of the official v0.2 scripts, appendix of the paper], with a batch for one card and one update a
+# step: ten updates on 2560 rollouts are where the official GRPO collapses. The warm-ups are 0.285 and 0.015 of the steps.
+REAL = {
+    "steps": 300, "batch_size": 16, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6, "critic_lr": 1e-5, "warmup_steps": 86,
+    "critic_lr_warmup_steps": 5, "critic_warmup_steps": 0, "lr_decay": False, "adam_beta2": 0.999, "weight_decay": 0.01, "max_turns": 4,
+    "max_new_tokens": 500, "max_obs_length": 500, "max_length": 4096, "invalid_message": "official", "recompute_old_logprobs": True,
+    "gradient_checkpointing": True, "slots": 64, "eval_every": 50, "eval_limit": 100, "save_every": 50,
+}  # fmt: skip
+# Without a Wikipedia dump: HotpotQA over its own paragraphs, found by the paper's encoder.
+HOTPOTQA = {"train_data": "hotpotqa", "corpus": "contexts", "encoder": "intfloat/e5-base-v2"}
+# Adapters want some ten times the learning rate of the weights themselves.
+LORA = {"lora_rank": 32, "lora_alpha": 64.0, "lr": 1e-5, "critic_lr": 1e-4}
+
+# One card of 24 GB (22.3 GiB). Peak: predict_memory, printed at the start of a run. Time: arithmetic for 1 TB/s of memory, of
+# which decoding gets 60 %, and 80 Tflop/s (about an RTX 4090), with 80 rollouts a step of 1200 ids, 400 of them written:
+#     decoding        80 * 400 / slots steps, each (weights + slots * 800 * bytes of a key and value) / 0.6 TB/s
+#     all the rest    96,000 ids * weights * flop: 2 each for reading, old and reference log-probs; 8 for the update (6 with
+#                     frozen weights: no gradient of their own), one layer's repetition among them; PPO: 2 more for values, and the update again
+# Nothing of this has been measured on a GPU yet; tests/bench_memory.py does it.
+#
+#                     predicted peak, GiB    seconds a step    a whole run
+#                        GRPO     PPO          GRPO   PPO       GRPO    PPO
+#     qwen2.5-0.5b       13.3    19.8            10    16       1.1 h   1.8 h
+#     qwen2.5-1.5b       12.4    13.0            26    41       2.2 h   3.4 h
+#     qwen2.5-3b         18.5    19.5            51    81       4.3 h   6.8 h
+#     llama-3.2-3b       17.0    17.8            68    99       5.7 h   8.3 h
 PRESETS = {
-    "tiny": {},
+    "tiny": {},  # the defaults above
+    "real": REAL,  # any --model, --train-data, --corpus
+    "qwen2.5-0.5b": REAL | HOTPOTQA | {"model": "Qwen/Qwen2.5-0.5B", "steps": 400, "warmup_steps": 114, "critic_lr_warmup_steps": 6},
+    "qwen2.5-1.5b": REAL | HOTPOTQA | LORA | {"model": "Qwen/Qwen2.5-1.5B"},
+    "qwen2.5-3b": REAL | HOTPOTQA | LORA | {"model": "Qwen/Qwen2.5-3B"},
+    # Eight key-value heads instead of two: a rollout's keys and values take three times as much.
+    "llama-3.2-3b": REAL | HOTPOTQA | LORA | {"model": "meta-llama/Llama-3.2-3B", "slots": 20, "micro_batch_tokens": 4096},
+    # The official v0.2 script (scripts/nq_hotpotqa/v0.2/train_grpo.sh, train_ppo.sh), for whoever has the hardware: 8 x 80 GB there.
+    "paper": REAL | {
+        "model": "Qwen/Qwen2.5-7B",  # its default; the paper: also Qwen2.5-3B, and the instruct models
+        "train_data": "nq+hotpotqa",  # Sec. 4; 169,615 questions
+        "corpus": "http://127.0.0.1:8000/retrieve",  # wiki-18 behind the official server, E5, top 3
+        "steps": 1005, "warmup_steps": 286, "critic_lr_warmup_steps": 15,  # 0.285 and 0.015 of 1005 steps; the paper reports step 500
+        "batch_size": 512, "group_size": 5,  # data.train_batch_size, n_agent
+        "minibatches": 10,  # 2560 rollouts in mini-batches of 256
+        "lr": 1e-6, "critic_lr": 1e-5,  # actor.optim.lr, critic.optim.lr
+        "entropy_coef": 0.001,  # the default of the official code, which no script changes
+        "kl_coef": 0.001, "clip_eps": 0.2, "value_clip": 0.5, "gamma": 1.0, "lam": 1.0, "max_grad_norm": 1.0, "temperature": 1.0,
+        "max_turns": 4, "max_new_tokens": 500, "max_obs_length": 500, "max_length": 4096, "top_k": 3,
+        "slots": 256, "eval_every": 100, "eval_limit": 1000, "save_every": 100,
+    },
+}  # fmt: skip
+PRESETS |= {f"{name}/reinforce": {"batch_size": 80, "group_size": 1} for name in PRESETS}
+PRESETS |= {f"{name}/ppo": {"batch_size": 80, "group_size": 1, "kl_in": "reward"} for name in PRESETS if "/" not in name}
+PRESETS |= {
     "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 80, "two_hop_share_end": 0.35},
     "tiny/reinforce": {"batch_size": 240, "group_size": 1},
-    "real": {
-        "steps": 500, "batch_size": 8, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6, "critic_lr": 1e-5, "warmup_steps": 142,
-        "critic_warmup_steps": 0, "lr_decay": False, "max_turns": 4, "max_new_tokens": 256, "max_obs_length": 500, "max_length": 4096,
-        "invalid_message": "official", "eval_every": 50, "eval_limit": 32, "save_every": 50,
-    },
-    "real/ppo": {"batch_size": 40, "group_size": 1, "kl_in": "reward"},
-    "real/reinforce": {"batch_size": 40, "group_size": 1},
-}  # fmt: skip
+    # Two full models with their masters and Adam: what is left is for half the slots.
+    "qwen2.5-0.5b/ppo": PRESETS["qwen2.5-0.5b/ppo"] | {"slots": 32, "micro_batch_tokens": 4096},
+    "paper/ppo": {"batch_size": 512, "group_size": 1, "minibatches": 2, "kl_in": "reward"},
+    "paper/reinforce": {"batch_size": 512, "group_size": 1, "minibatches": 2},
+}
 CHOICES = {
-    "preset": ("", "tiny", "real"),
+    "preset": tuple(name for name in PRESETS if "/" not in name),
     "algo": ("ppo", "grpo", "reinforce"),
     "kl_in": ("reward", "loss"),
     "reward": ("em", "format"),
@@ -227,9 +281,15 @@ def check_config(config):
     if bool(config.train_data) != bool(config.corpus):
         raise Mistake("--train-data and --corpus belong together: questions, and the passages that answer them")
     if config.model and not config.train_data:
-        raise Mistake("--model needs --train-data FILE and --corpus WHERE: the tiny world's words mean nothing to a real model")
+        raise Mistake(
+            "--model needs --train-data and --corpus, say hotpotqa and contexts: the tiny world's words mean nothing to a real model"
+        )
     if config.eval_data and not config.train_data:
         raise Mistake("--eval-data needs --train-data: the tiny world brings its own held-out questions")
+    if config.preset == "real" and not config.model:
+        raise Mistake("--preset real needs --model, --train-data and --corpus; the presets named after a model bring theirs")
+    if 0 < config.slots < config.group_size:
+        raise Mistake(f"--slots {config.slots}: a group of {config.group_size} rollouts is in flight together")
     if config.train_data and not config.model:
         raise Mistake("--train-data needs --model: the tiny base model knows the words of the tiny world only")
     if config.save_hidden and not Path(config.save_hidden).parent.is_dir():
@@ -265,9 +325,12 @@ def load_run(config):
     if config.model:
         bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.startswith("cuda"))
         policy, tokenizer = load_checkpoint(config.model, device, torch.bfloat16 if bf16 else torch.float32)
-        questions, engine, _ = task(0, config.corpus, config.train_data)
-        if config.eval_data:
-            held = read_file(data.load_questions, config.eval_data)
+        # Sets by name have an evaluation split of their own; of a file the last tenth is held out.
+        held_data = config.eval_data or ("" if Path(config.train_data).is_file() else config.train_data)
+        others = data.question_files(held_data, "eval") if held_data else []
+        questions, engine, _ = task(0, config.corpus, config.train_data, "train", config.encoder, others)
+        if held_data:
+            held = read_file(lambda spec: data.load_data(spec, "eval"), held_data)
         else:
             count = min(100, max(1, len(questions) // 10))
             questions, held = questions[:-count], questions[-count:]
@@ -466,7 +529,7 @@ def make_models(policy, config):
 
 # What is held for a while only, by the moment at which it is. Everything else is held all the time.
 MOMENTS = {
-    "writing rollouts": ("keys and values", "sampling"),
+    "writing rollouts": ("a block", "sampling"),
     "log-probs in the update": ("gradients", "activations", "log-probs"),
     "one layer in the update": ("gradients", "activations", "one layer"),
 }
@@ -509,7 +572,10 @@ def predict_memory(policy, config):
     logits += 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings))
 
     rollouts = config.batch_size * config.group_size
-    slots = min(config.slots or rollouts, max(rollouts, min(256, config.eval_limit)))  # 256: evaluate()'s batch
+    slots = config.slots or rollouts
+    # A block of passages on its way through a layer [searchr1.feed]: the keys and values of its rows, gathered and repeated for all
+    # heads (of FEED_TOKENS columns), and the MLP's parts (of as many ids at the most, if all are prompts).
+    block = e * FEED_TOKENS * (2 * kv + 2 * q + 3 * I + 4 * D)
     return {
         "weights": e * numbers(policy),
         "reference's weights": 0 if lora else e * numbers(policy),
@@ -519,8 +585,9 @@ def predict_memory(policy, config):
         "fp32 masters": 4 * count if e != 4 else 0,
         "Adam": 8 * (count + head) + 4 * tensors,  # two means, and the number of steps
         "gradients": 4 * (count + head),
-        "keys and values": slots * config.max_length * layers * 2 * kv * e,
-        "sampling": slots * V * 4 * 3,  # logits, log-probs, probabilities
+        "keys and values": slots * (config.max_length + 1) * layers * 2 * kv * e,  # kept through the update: graphs point to them
+        "a block": block,
+        "sampling": slots * V * (3 * 4 + 8),  # logits, log-probs, probabilities; their sums in float64
         "activations": tokens * kept,
         "log-probs": int(logits),
         "one layer": tokens * once,
@@ -763,7 +830,10 @@ def save_checkpoint(out, step, models, tokenizer, config, settings):
     models.policy.save_pretrained(unfinished, state_dict=merged_state(models.policy))
     tokenizer.save_pretrained(unfinished)
     (unfinished / "search_r1.json").write_text(
-        json.dumps(settings | {"world_seed": config.world_seed, "corpus": config.corpus or None}, indent=2) + "\n"
+        json.dumps(
+            settings | {"world_seed": config.world_seed, "corpus": config.corpus or None, "encoder": config.encoder}, indent=2
+        )
+        + "\n"
     )
     state = {"step": step}
     for name, network, optimizer in models.learners():
@@ -810,16 +880,17 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
         models = make_models(policy.eval(), config)  # eval mode throughout: dropout would make old and new log-probs differ
     except (RuntimeError, MemoryError) as error:
         raise ending(error, "loading", config) from None
+    cache = Slots(policy, config.slots or config.batch_size * config.group_size, config.max_length)
 
     def evaluation(step):
         """Greedy on the held-out sample; in the tiny world the first and last also sampled, and on training questions."""
         began = time.perf_counter()
-        metrics, rollouts = evaluate(policy, tokenizer, held_out, search, settings)
+        metrics, rollouts = evaluate(policy, tokenizer, held_out, search, settings, cache=cache)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
         if step in (0, config.steps) and not config.model:
             generator = torch.Generator(device).manual_seed(step)
             for name, questions in (("eval", held_out), ("train", train_sample)):
-                sampled, _ = evaluate(policy, tokenizer, questions, search, settings, config.temperature, generator)
+                sampled, _ = evaluate(policy, tokenizer, questions, search, settings, config.temperature, generator, cache=cache)
                 metrics |= {f"{name}/sampled_{key}": value for key, value in sampled.items() if key.startswith("em")}
         return metrics | {"timing_s/eval": time.perf_counter() - began}, rollouts
 
@@ -856,7 +927,7 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
                 doing = "the rollouts"
                 rollouts = rollout(
                     policy, tokenizer, [q.question for q in questions], search, config.group_size, temperature=config.temperature,
-                    generator=generator, **settings | {"invalid_message": INVALID_MESSAGES[config.invalid_message]},
+                    generator=generator, cache=cache, **settings | {"invalid_message": INVALID_MESSAGES[config.invalid_message]},
                 )  # fmt: skip
                 rolled_out = time.perf_counter()
 
