@@ -18,6 +18,7 @@ Departures, besides those of searchr1.py:
   [D11] The learning rate warms up from lr/warmup_steps, not from 0: the official schedule wastes the first step. On
         the tiny world it also decays over the second half.
   [D12] No entropy bonus unless asked for; the official default is 0.001.
+  [D14] With --lora-rank policy, reference and critic are one frozen base with adapters; the paper trains every weight.
 
     python train.py                 last line: "... as expected.", about 3 minutes on two cores
 """
@@ -310,8 +311,8 @@ def load_run(config):
 # ----- 3. Four networks on one card -----
 #
 # The paper moves four copies of a model: the policy, once more in the engine that samples, the reference, the critic.
-# Ours samples with the policy itself. Full fine-tuning keeps the three others; with --lora-rank they are roles of one
-# frozen base:
+# Ours samples with the policy itself. Full fine-tuning keeps three; with --lora-rank they are roles of one frozen
+# base [D14]:
 #
 #     policy = base + its adapter        reference = base, adapters off        critic = base + a second adapter + head
 #
@@ -475,7 +476,8 @@ MOMENTS = {
 def predict_memory(policy, config):
     """A causal LM as it was loaded, and the Config -> {what: bytes} that the run will hold. Weights, adapters, masters
     and Adam are exact; keys and values, and activations are those of the longest rollouts that max_length allows."""
-    c, e, device = policy.config, policy.dtype.itemsize, policy.device.type
+    c, e = policy.config, policy.dtype.itemsize
+    device = "cuda" if policy.device.type == "meta" else policy.device.type  # a model without memory: planned for a card
     D, I, V, H, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.num_hidden_layers
     head_dim = getattr(c, "head_dim", None) or D // H
     q, kv = H * head_dim, (getattr(c, "num_key_value_heads", None) or H) * head_dim
@@ -504,12 +506,12 @@ def predict_memory(policy, config):
     tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: one row at least
     # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), the rows
     # in e, their gradient in fp32 and in e; where the lm_head is trained its gradient, and tied, the embedding's.
-    slice = 4 * tokens * default_chunk(tokens, V, device)
-    logits = slice * (1 + e / 4 if device == "cuda" else 4) + tokens * D * (4 + 3 * e)
+    one_slice = 4 * tokens * default_chunk(tokens, V, device)
+    logits = one_slice * (1 + e / 4 if device == "cuda" else 4) + tokens * D * (4 + 3 * e)
     logits += 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings))
 
-    rollouts = config.batch_size * config.group_size
-    slots = min(config.slots or rollouts, max(rollouts, min(256, config.eval_limit)))  # 256: evaluate()'s batch
+    rows = max(config.batch_size * config.group_size, min(256, config.eval_limit))  # of a step; of evaluate()
+    rows = min(config.slots or rows, rows)
     return {
         "weights": e * numbers(policy),
         "reference's weights": 0 if lora else e * numbers(policy),
@@ -519,8 +521,8 @@ def predict_memory(policy, config):
         "fp32 masters": 4 * count if e != 4 else 0,
         "Adam": 8 * (count + head) + 4 * tensors,  # two means, and the number of steps
         "gradients": 4 * (count + head),
-        "keys and values": slots * config.max_length * layers * 2 * kv * e,
-        "sampling": slots * V * 4 * 3,  # logits, log-probs, probabilities
+        "keys and values": rows * config.max_length * layers * 2 * kv * e,
+        "sampling": rows * V * 4 * 3,  # logits, log-probs, probabilities
         "activations": tokens * kept,
         "log-probs": int(logits),
         "one layer": tokens * once,
