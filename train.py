@@ -847,9 +847,7 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
             # All randomness of a step comes from the seed and its number: a resumed run repeats nothing and skips nothing.
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
             rng = random.Random(f"{config.seed} step {step}")
-            began = time.perf_counter()
-
-            updates = models.updates
+            began, updates = time.perf_counter(), models.updates
             try:
                 # Phase 1. Questions.
                 questions = draw(step)
@@ -887,8 +885,9 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
                     new, kept = not (out / f"checkpoint-{step - 1}").exists(), f"saved after step {step - 1}"
                     if new:
                         save_checkpoint(out, step - 1, models, tokenizer, config, settings)
-                    if new and models.updates > updates:  # to undo them a second copy of all that is trained would be needed
-                        kept += f" and the first of the {config.minibatches} updates of step {step}, which will be done again,"
+                    if new and models.updates > updates:  # to undo them a copy of all that is trained would be needed, every step
+                        half = f"{models.updates - updates} of the {config.minibatches} updates of step {step}"
+                        kept += f" with {half} (which is done anew: not quite the uninterrupted run)"
                     kept += f", continue with: python train.py --resume {out}"
                 bar.close()
                 raise type(ended)(f"{ended}; {kept}") from None

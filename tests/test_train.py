@@ -265,9 +265,7 @@ def test_the_same_seed_gives_the_same_metrics_twice(small_base):
     assert any(line.get("grad_norm", 0) > 0 for line in metrics("a"))
 
 
-@pytest.mark.parametrize(
-    "flags", [["--algo", "grpo"], ["--algo", "ppo", "--critic-warmup-steps", "0"], ["--algo", "reinforce", "--kl-in", "reward"]]
-)
+@pytest.mark.parametrize("flags", [["--algo", "grpo"], ["--algo", "reinforce", "--kl-in", "reward"]])
 def test_a_resumed_run_is_the_uninterrupted_run(small_base, flags):
     """Claim: killed after step 1 of 2 and resumed, the metrics and weights are those of a run that was left alone.
     Fails if: restore() forgets the optimiser, or a step's randomness depends on the steps before it.
@@ -750,7 +748,7 @@ def short_run(policy, tokenizer, out, steps=2, resume="", **values):
         "minibatches": 2,
         "eval_every": 9,
         "max_turns": 1,
-        "max_new_tokens": 6,
+        "max_new_tokens": 3,
         "warmup_steps": 1,
         "lr": 1e-2,
         "lr_decay": False,  # else it would depend on the number of steps
@@ -783,10 +781,9 @@ def loud(tokenizer):
     [
         ("qwen2", "ppo", 2, torch.float32),
         ("qwen3", "grpo", 2, torch.float32),
-        ("llama", "ppo", 0, torch.bfloat16),
-        ("qwen2", "grpo", 0, torch.bfloat16),
-        ("qwen3", "ppo", 2, torch.bfloat16),
-        ("llama", "grpo", 0, torch.float32),
+        ("llama", "ppo", 0, torch.float32),
+        ("qwen2", "ppo", 0, torch.bfloat16),
+        ("llama", "grpo", 2, torch.bfloat16),
     ],
 )
 def test_every_family_trains_with_adapters_and_without_and_resumes_exactly(
@@ -913,7 +910,7 @@ def test_out_of_memory_is_one_line_that_names_the_flag_and_loses_no_step(
     text = str(ended.value)
     assert text.startswith(f"out of memory in {message}") and "\n" not in text
     assert "saved after step 1" in text and text.endswith("continue with: python train.py --resume broken")
-    assert ("and the first of the 2 updates of step 2" in text) == (calls == 3)
+    assert ("with 1 of the 2 updates of step 2" in text) == (calls == 3)
     monkeypatch.setattr(train, function, works)
     run("broken", resume="yes")
     assert (metrics("broken") == WHOLE) == (calls != 3) and len(metrics("broken")) == 3
