@@ -19,6 +19,7 @@ Departures, besides those of searchr1.py:
   [D11] The learning rate warms up from lr/warmup_steps, not from 0: the official schedule wastes the first step. On
         the tiny world it also decays over the second half.
   [D12] No entropy bonus unless asked for; the official default is 0.001.
+  [D14] With --lora-rank policy, reference and critic are one frozen base with adapters; the paper trains every weight.
 
     python train.py                 last line: "... as expected.", about 3 minutes on two cores
 """
@@ -373,8 +374,8 @@ def load_run(config):
 # ----- 3. Four networks on one card -----
 #
 # The paper moves four copies of a model: the policy, once more in the engine that samples, the reference, the critic.
-# Ours samples with the policy itself. Full fine-tuning keeps the three others; with --lora-rank they are roles of one
-# frozen base:
+# Ours samples with the policy itself. Full fine-tuning keeps three; with --lora-rank they are roles of one frozen
+# base [D14]:
 #
 #     policy = base + its adapter        reference = base, adapters off        critic = base + a second adapter + head
 #
@@ -538,7 +539,8 @@ MOMENTS = {
 def predict_memory(policy, config):
     """A causal LM as it was loaded, and the Config -> {what: bytes} that the run will hold. Weights, adapters, masters
     and Adam are exact; keys and values, and activations are those of the longest rollouts that max_length allows."""
-    c, e, device = policy.config, policy.dtype.itemsize, policy.device.type
+    c, e = policy.config, policy.dtype.itemsize
+    device = "cuda" if policy.device.type == "meta" else policy.device.type  # a model without memory: planned for a card
     D, I, V, H, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.num_hidden_layers
     head_dim = getattr(c, "head_dim", None) or D // H
     q, kv = H * head_dim, (getattr(c, "num_key_value_heads", None) or H) * head_dim
@@ -567,15 +569,15 @@ def predict_memory(policy, config):
     tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: one row at least
     # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), the rows
     # in e, their gradient in fp32 and in e; where the lm_head is trained its gradient, and tied, the embedding's.
-    slice = 4 * tokens * default_chunk(tokens, V, device)
-    logits = slice * (1 + e / 4 if device == "cuda" else 4) + tokens * D * (4 + 3 * e)
+    one_slice = 4 * tokens * default_chunk(tokens, V, device)
+    logits = one_slice * (1 + e / 4 if device == "cuda" else 4) + tokens * D * (4 + 3 * e)
     logits += 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings))
 
     rollouts = config.batch_size * config.group_size
     slots = config.slots or rollouts
     # A block of passages on its way through a layer [searchr1.feed]: the keys and values of its rows, gathered and repeated for all
     # heads (of FEED_TOKENS columns), and the MLP's parts (of as many ids at the most, if all are prompts).
-    block = e * FEED_TOKENS * (2 * kv + 2 * q + 3 * I + 4 * D)
+    block = e * min(FEED_TOKENS, slots * config.max_length) * (2 * kv + 2 * q + 3 * I + 4 * D)
     return {
         "weights": e * numbers(policy),
         "reference's weights": 0 if lora else e * numbers(policy),
@@ -916,9 +918,7 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
             # All randomness of a step comes from the seed and its number: a resumed run repeats nothing and skips nothing.
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
             rng = random.Random(f"{config.seed} step {step}")
-            began = time.perf_counter()
-
-            updates = models.updates
+            began, updates = time.perf_counter(), models.updates
             try:
                 # Phase 1. Questions.
                 questions = draw(step)
@@ -956,8 +956,9 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
                     new, kept = not (out / f"checkpoint-{step - 1}").exists(), f"saved after step {step - 1}"
                     if new:
                         save_checkpoint(out, step - 1, models, tokenizer, config, settings)
-                    if new and models.updates > updates:  # to undo them a second copy of all that is trained would be needed
-                        kept += f" and the first of the {config.minibatches} updates of step {step}, which will be done again,"
+                    if new and models.updates > updates:  # to undo them a copy of all that is trained would be needed, every step
+                        half = f"{models.updates - updates} of the {config.minibatches} updates of step {step}"
+                        kept += f" with {half} (which is done anew: not quite the uninterrupted run)"
                     kept += f", continue with: python train.py --resume {out}"
                 bar.close()
                 raise type(ended)(f"{ended}; {kept}") from None
