@@ -17,12 +17,12 @@ import data
 from retrieval import build_index
 
 
-def random_model(tokenizer, seed=0, loud=()):
-    """A two-layer random Qwen3 over the tokenizer's vocabulary. Tokens in `loud` get a tripled row in the lm_head, so
+def random_model(tokenizer, seed=0, loud=(), layers=2):
+    """A random Qwen3 over the tokenizer's vocabulary. Tokens in `loud` get a tripled row in the lm_head, so
     that a model that has learned nothing still opens and closes tags now and then."""
     torch.manual_seed(seed)
     config = data.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64,
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64,
         tie_word_embeddings=False, initializer_range=0.3, max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
     )  # fmt: skip
     model = data.Qwen3ForCausalLM(config).eval()

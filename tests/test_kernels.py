@@ -298,7 +298,7 @@ def test_skipping_slices_stays_within_its_bound_and_tau_zero_is_lossless(impl):
     Fails if: the mass of a slice is taken relative to the running maximum (`torch.exp((share[:, 0] - state[0]) / T)` ->
     1), not divided by the sum, or the target's own slice may be skipped (`| own_Kn` taken out).
     """
-    n, V, chunk, T = 6, 64, 4, 0.5
+    n, V, chunk, T = 6, 64 if impl == "torch" else 24, 4, 0.5  # interpreted, a launch takes 30 ms
     spread = torch.linspace(1, 3, n, device=DEVICE)[:, None]  # from rows that share their probability to rows that do not
     hidden, ref_hidden = spread * rand(n, V), rand(n, V)  # the head is the identity: hidden's gradient is the logits'
     target, eye = integers(V, n), torch.eye(V, device=DEVICE)

@@ -28,6 +28,12 @@ def scripted(turns, question="q", passages=PASSAGES, tokenizer=None, **settings)
     return r, calls, tokenizer
 
 
+@pytest.fixture()
+def short_prompt(monkeypatch):
+    """For tests that do not look at it: the scripted policy reads its context byte by byte."""
+    monkeypatch.setattr(s, "TEMPLATE", "{question}\n")
+
+
 # ----- Prompt, action, information -----
 
 
@@ -85,7 +91,7 @@ def test_information_has_the_official_format():
 # ----- The rollout -----
 
 
-def test_a_conversation_runs_as_algorithm_1_says():
+def test_a_conversation_runs_as_algorithm_1_says(short_prompt):
     """Claim: think, search, information, answer: one call of the engine with the query and top_k, the passages appended
     with mask 0, everything the policy wrote with mask 1, the episode ended by the answer.
     Fails if: Rollout.append marks environment tokens as the policy's (`logprobs is not None` -> `True`).
@@ -106,7 +112,7 @@ def test_a_conversation_runs_as_algorithm_1_says():
     assert len(r.ids) == len(r.response_mask) == len(r.logprobs) and r.turns == turns
 
 
-def test_a_turn_stops_at_its_first_closing_tag():
+def test_a_turn_stops_at_its_first_closing_tag(short_prompt):
     """Claim: nothing is sampled after `</search>` or `</answer>`, whatever the policy would have gone on to write.
     Fails if: STOP_TAGS loses a tag, or the tail is not looked at (`ended = ...` without the last clause).
     """
@@ -156,7 +162,7 @@ def test_a_prompt_without_a_chat_template_begins_as_the_tokenizer_begins():
         assert r.ids[0] == start and 7 not in r.ids[1:]
 
 
-def test_the_last_turn_cannot_search():
+def test_the_last_turn_cannot_search(short_prompt):
     """Claim: max_turns searches, then one more turn; a search asked for there is not executed, earns no answer and no
     passages, and is not counted as valid.
     Fails if: `len(r.turns) == last_turn` becomes `> last_turn`, or `last_turn - 1`.
@@ -197,7 +203,7 @@ def test_the_budgets_end_turns_and_episodes_and_the_prompt_stays():
         scripted(["x"], max_length=10)
 
 
-def test_passages_are_cut_and_their_closing_tag_is_not():
+def test_passages_are_cut_and_their_closing_tag_is_not(short_prompt):
     """Claim: [D6] a block longer than max_obs_length is cut to it, and still ends in `</information>`.
     Fails if: observation_ids returns `ids[:budget]`.
     """
@@ -209,7 +215,7 @@ def test_passages_are_cut_and_their_closing_tag_is_not():
     )
 
 
-def test_a_hostile_passage_neither_ends_the_episode_nor_earns_a_reward_nor_breaks_the_mask():
+def test_a_hostile_passage_neither_ends_the_episode_nor_earns_a_reward_nor_breaks_the_mask(short_prompt):
     """Claim: tags, an answer, an end-of-sequence token spelled out, or a million characters in a passage are just text
     with mask 0; the format is judged as if the passage were empty.
     Fails if: the answer is read from the whole response instead of the policy's turn.
@@ -242,7 +248,7 @@ def test_an_engine_that_loses_a_query_is_an_error():
         s.rollout(policy, tokenizer, ["q"], lambda queries, top_k: [], temperature=0)
 
 
-def test_rows_keep_their_own_conversation_when_others_end_earlier():
+def test_rows_keep_their_own_conversation_when_others_end_earlier(short_prompt):
     """Claim: rows of different lengths, that stop, wait and leave at different times, never see each other's cache, and
     come back in the order of the questions, a group in a row.
     Fails if: Slots.copy does not copy the length, or `running[row] = last` is dropped where a row leaves.
@@ -286,7 +292,7 @@ class PieceTokenizer(s.ByteTokenizer):
         return [i for part in parts for i in ([257 + self.pieces.index(part)] if part in self.pieces else list(part.encode()))]
 
 
-def test_sampled_ids_are_the_trained_ids_however_a_tag_is_split():
+def test_sampled_ids_are_the_trained_ids_however_a_tag_is_split(short_prompt):
     """Claim: [D1] ids reach the batch byte for byte: tags in pieces, `>` merged with newlines or with the next tag, and
     spellings that the tokenizer would encode differently; the stop is found in all of them, the overhang kept.
     Fails if: closing_ids tests `piece == ">"`, or the response is re-encoded from its text.
@@ -377,7 +383,7 @@ def test_the_samplers_logprobs_equal_the_trainers(model, tokenizer, temperature)
     assert (batch.old_logprobs_BT[batch.mask_BT] < 0).all()
 
 
-@pytest.mark.parametrize("slots", [4, 9, 13])
+@pytest.mark.parametrize("slots", [4, 13])
 @pytest.mark.parametrize("static", [False, True])
 def test_neither_slots_nor_neighbours_nor_static_buffers_change_a_rollout(model, tokenizer, monkeypatch, slots, static):
     """Claim: sampled conversations are the same, token for token, whether all are in flight at once or slots are refilled
@@ -418,7 +424,7 @@ def test_old_keys_never_meet_new_weights(model, tokenizer, static):
     assert after == [r.ids for r in rollouts_of_a_random_model(model, tokenizer, 0.0)] != [r.ids for r in before]
 
 
-def test_nothing_is_encoded_twice_and_nobody_waits_for_a_straggler(monkeypatch):
+def test_nothing_is_encoded_twice_and_nobody_waits_for_a_straggler(monkeypatch, short_prompt):
     """Claim: a prompt is fed once for its group and every other id once for its rollout, the last one not at all; while one
     rollout writes a long turn the other slot serves one question after the other.
     Fails if: the inner loop of rollout() runs `while writing:` to its end, or prompts are fed for every member of the group.
