@@ -19,7 +19,9 @@ import random
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -127,17 +129,31 @@ def fixed_sample(questions, limit, seed=0):
 # ----- 2. Loading -----
 
 
+def reach_hub(model):
+    """Mistake if a hub id is neither in the hub's cache nor to be had. Asked once, since transformers would try for half a
+    minute, with a warning each time."""
+    try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str):
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(model, "config.json"))
+    except (OSError, ValueError, HTTPError) as error:
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise Mistake(
+            f"no causal LM could be loaded from {model}: no folder of that name, nor in the hub's cache, and the hub does not give it ({why}); "
+            "put the model's files into a folder and give that"
+        ) from None
+
+
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
     """Folder or hub id of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not plain."""
-    local = Path(path).exists()
-    if local and not (Path(path) / "config.json").exists():
+    if not Path(path).exists():
+        reach_hub(path)
+    elif not (Path(path) / "config.json").exists():
         raise Mistake(f"{path} holds no model (no config.json); a checkpoint is a folder like outputs/run-1/checkpoint-100")
     try:
         policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        hint = "" if local else " (no folder of that name; a model of the hub needs the network)"
-        raise Mistake(f"no causal LM could be loaded from {path}{hint}: {str(error).strip().splitlines()[0]}") from None
+        raise Mistake(f"no causal LM could be loaded from {path}: {str(error).strip().splitlines()[0]}") from None
     # Rollout and training read the logits as head(hidden). Models that scale or cap their logits would be another policy.
     ids = torch.arange(4, device=device)[None]
     with torch.no_grad():

@@ -319,7 +319,7 @@ def sample(logits_nV, temperature, draws_n=None):
     if temperature == 0:
         ids_n1 = logprobs_nV.argmax(-1, keepdim=True)
     else:  # float64: in fp32 the sum over 150,000 tokens drifts by more than a rare token's probability
-        passed_nV = logprobs_nV.exp().cumsum(-1, dtype=torch.float64)
+        passed_nV = logprobs_nV.exp().cumsum(-1, dtype=draws_n.dtype)
         ids_n1 = torch.searchsorted(passed_nV, draws_n[:, None] * passed_nV[:, -1:], right=True).clamp_max(logits_nV.shape[1] - 1)
     return ids_n1[:, 0], logprobs_nV.gather(1, ids_n1)[:, 0]
 
@@ -410,6 +410,22 @@ def answer_turns(ended, tokenizer, search, top_k, last_turn, max_obs_length, max
     return going_on
 
 
+def new_rollouts(tokenizer, questions, group_size, do_search, max_length):
+    """Questions -> Rollouts that hold their prompts, group_size of each in a row. ValueError for a prompt without room."""
+    # A chat template spells its special tokens out. Without one the tokenizer adds what its model expects first [D13].
+    plain = not getattr(tokenizer, "chat_template", None)
+    rollouts = []
+    for question in questions:
+        ids = tokenizer(make_prompt(question, tokenizer, do_search), add_special_tokens=plain)["input_ids"]
+        if len(ids) >= max_length:
+            raise ValueError(
+                f"the prompt of {question[:60]!r} has {len(ids)} tokens and max_length is {max_length}: raise --max-length"
+            )
+        for _ in range(group_size):
+            rollouts.append(Rollout(question, list(ids), [False] * len(ids), [0.0] * len(ids), len(ids)))
+    return rollouts
+
+
 @torch.no_grad()
 def rollout(
     policy, tokenizer, questions, search, group_size=1, max_turns=4, max_new_tokens=500, max_obs_length=500, max_length=4096,
@@ -432,28 +448,15 @@ def rollout(
     run side by side changes nothing: the draw that picks a token belongs to its rollout and position.
     """
     device = policy.get_output_embeddings().weight.device
-    # A chat template spells its special tokens out. Without one the tokenizer adds what its model expects first [D13].
-    plain = not getattr(tokenizer, "chat_template", None)
-    prompts = [tokenizer(make_prompt(q, tokenizer, do_search), add_special_tokens=plain)["input_ids"] for q in questions]
-    for question, ids in zip(questions, prompts):
-        if len(ids) >= max_length:
-            raise ValueError(
-                f"the prompt of {question[:60]!r} has {len(ids)} tokens and max_length is {max_length}: raise --max-length"
-            )
-    rollouts = [
-        Rollout(q, list(ids), [False] * len(ids), [0.0] * len(ids), len(ids))
-        for q, ids in zip(questions, prompts)
-        for _ in range(group_size)
-    ]
+    rollouts = new_rollouts(tokenizer, questions, group_size, do_search, max_length)
     if not rollouts:
         return []
     cache = cache or Slots(policy, len(rollouts) if device.type != "cuda" else max(64, group_size), max_length)
     if len(cache.lengths) < group_size:
         raise ValueError(f"{len(cache.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")
     cache.clear()
-    draws_BL = (
-        torch.rand(len(rollouts), max_length, dtype=torch.float64, generator=generator, device=device) if temperature else None
-    )
+    double = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    draws_BL = torch.rand(len(rollouts), max_length, dtype=double, generator=generator, device=device) if temperature else None
     closing, ends = closing_ids(tokenizer), end_ids(policy, tokenizer)
     last_turn = max_turns if do_search else 0
 

@@ -175,6 +175,23 @@ def test_a_conversation_runs_as_the_checkpoint_was_trained(checkpoint):
     assert evaluation.load_settings("ck", "passages.jsonl", top_k=7) == SETTINGS | {"world_seed": 5, "corpus": None, "top_k": 7}
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Claim: for a model that is no folder and not in the cache the hub is asked once, before transformers begins to try.
+    Fails if: reach_hub is not called in load_checkpoint.
+    """
+    asked = []
+
+    def silent(url):
+        asked.append(url)
+        raise OSError("no route")
+
+    monkeypatch.setattr(evaluation.huggingface_hub, "get_hf_file_metadata", silent)
+    monkeypatch.setattr(evaluation, "AutoModelForCausalLM", None)  # would be an AttributeError
+    with pytest.raises(evaluation.Mistake, match="nor in the hub's cache, and the hub does not give it .*no route"):
+        evaluation.load_checkpoint("Some/Model-0.5B")
+    assert asked == ["https://huggingface.co/Some/Model-0.5B/resolve/main/config.json"]
+
+
 def test_a_head_that_is_not_plain_is_refused(checkpoint, model, monkeypatch):
     """Claim: a model whose logits are not head(hidden) is refused, since rollout and trainer would be another policy.
     Fails if: load_checkpoint does not compare.

@@ -533,6 +533,17 @@ def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
     assert train.parse_config(["--resume", "run", "--steps", "9"]).output_dir == "run"
 
 
+def test_predicted_keys_and_values_are_the_buffers_bytes(model):
+    """Claim: "keys and values" of predict_memory is what the static buffers of a GPU hold.
+    Fails if: the extra column or the values are forgotten (`* 2 *` dropped), or query heads are counted.
+    """
+    cache = searchr1.Slots(model, 8, 200, static=True)
+    with torch.no_grad():
+        searchr1.feed(model, cache, [0], [[3, 4, 5]])
+    held = sum(store.numel() * store.element_size() for layer in cache.layers for store in layer)
+    assert train.predict_memory(model, train.Config(slots=8, max_length=200))["keys and values"] == held
+
+
 def test_every_preset_fits_a_card_of_24_gb_as_the_readme_says(monkeypatch, tmp_path):
     """Claim: for the models' true shapes predict_memory stays below 24 GB, PPO included, and the README's table has its figures.
     Fails if: a preset's slots are doubled, or the README's table is not brought up to date.
