@@ -317,7 +317,8 @@ def main(argv=None):
         raise Mistake("--temperature and --limit cannot be negative")
     if args.top_k is not None and args.top_k < 1:
         raise Mistake(f"--top-k {args.top_k}: must be at least 1")
-    policy, tokenizer = load_checkpoint(args.checkpoint)
+    on_gpu = torch.cuda.is_available()  # there in the checkpoint's own precision; a CPU is slow in bf16
+    policy, tokenizer = load_checkpoint(args.checkpoint, *(("cuda", "auto") if on_gpu else ()))
     saved = load_settings(args.checkpoint, args.corpus, args.top_k)
     settings = {name: saved[name] for name in SETTINGS}
     corpus, file = (args.corpus or saved["corpus"], args.data) if args.world_seed is None else (None, None)
@@ -331,7 +332,7 @@ def main(argv=None):
         ask(policy, tokenizer, args.ask, engine.search, settings)
         return 0
     questions = fixed_sample(questions, args.limit)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(policy.device).manual_seed(0)
     metrics, rollouts = evaluate(policy, tokenizer, questions, engine.search, settings, args.temperature, generator, progress=True)
     where = file or f"tiny world {world_seed}, held out"
     print(f"{len(questions)} questions ({where}), {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}")

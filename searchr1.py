@@ -445,7 +445,7 @@ def rollout(
 
     Rows do not wait for each other: a finished one gives its slot to the next question, and as soon as a quarter of the
     rows have ended their turn these are served, while the others are in the middle of theirs. Which rows
-    run side by side changes nothing: the draw that picks a token belongs to its rollout and position.
+    run side by side changes nothing but last bits: the draw that picks a token belongs to its rollout and position.
     """
     device = policy.get_output_embeddings().weight.device
     rollouts = new_rollouts(tokenizer, questions, group_size, do_search, max_length)

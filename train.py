@@ -174,7 +174,7 @@ LORA = {"lora_rank": 32, "lora_alpha": 64.0, "lr": 1e-5, "critic_lr": 1e-4}
 #     decoding        80 * 400 / slots steps, each (weights + slots * 800 * bytes of a key and value) / 0.6 TB/s
 #     all the rest    96,000 ids * weights * flop: 2 each for reading, old and reference log-probs; 8 for the update (6 with
 #                     frozen weights: no gradient of their own), one layer's repetition among them; PPO: 2 more for values, and the update again
-# Nothing of this has been measured on a GPU yet; tests/bench_memory.py does it.
+# The encoder of the passages takes 0.3 GiB more. Nothing of this has been measured on a GPU yet; tests/bench_memory.py does it.
 #
 #                     predicted peak, GiB    seconds a step    a whole run
 #                        GRPO     PPO          GRPO   PPO       GRPO    PPO

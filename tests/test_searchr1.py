@@ -391,6 +391,7 @@ def test_neither_slots_nor_neighbours_nor_static_buffers_change_a_rollout(model,
     Fails if: write() draws by place in the batch (`draws_BL[numbers` -> `draws_BL[list(range(len(numbers)))`), a row that moves
     keeps its old length (copy), padding writes to column 0 instead of the last (place), or decode takes rows as they come (`rows //= 2` dropped).
     """
+    model = model.double()  # in fp32 one draw in ten million falls between two roundings of a sum, and finds another token
     want = rollouts_of_a_random_model(model, tokenizer, 1.0, group_size=4)
     monkeypatch.setattr(s, "FEED_TOKENS", 150)
     cache = s.Slots(model, slots, 200, static)
