@@ -992,3 +992,19 @@ def test_a_resumed_run_may_lower_what_bounds_memory(small_base):
     assert (config.slots, config.micro_batch_tokens, config.gradient_checkpointing, config.lr) == (8, 512, True, 0.5)
     with pytest.raises(Mistake, match="--lora-rank 0"):
         train.parse_config("--resume run --lora-rank 4".split())
+
+
+def test_slots_bound_what_is_in_flight_and_change_nothing_else(small_base, monkeypatch):
+    """Claim: with --slots 4 the rollouts of a step and of an evaluation work in four slots, one cache through the whole run,
+    and the metrics are those of a run with a slot for each rollout.
+    Fails if: train() hands no cache to rollout() or evaluate(), or makes it without config.slots.
+    """
+    rollout, caches = searchr1.rollout, []
+    spy = lambda *args, cache, **settings: caches.append(cache) or rollout(*args, cache=cache, **settings)
+    monkeypatch.setattr(train, "rollout", spy)
+    monkeypatch.setattr("eval.rollout", spy)
+    for name, flags in (("all", []), ("few", ["--slots", "4"])):
+        train.main(SMALL + ["--steps", "1", "--output-dir", name] + flags)
+    assert [len(cache.lengths) for cache in caches] == [20] * 7 + [4] * 7 and len(set(map(id, caches))) == 2
+    for few, whole in zip(metrics("few"), metrics("all"), strict=True):
+        assert few == pytest.approx(whole, abs=1e-3)
