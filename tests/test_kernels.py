@@ -25,6 +25,20 @@ INF = float("inf")
 need_triton = pytest.mark.skipif(not kernels.HAVE_TRITON, reason="unproved here, for want of Triton: that the kernels are right")
 
 
+def python(code, **environment):
+    """Start code in a new process, since Triton reads its variable when kernels.py is imported."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiling(tmp_path_factory):
+    """The process of the slowest test, which begins with the first test of this file and runs beside the others."""
+    with python(COMPILE, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))) as process:
+        yield process
+        process.kill()
+
+
 @pytest.fixture(params=["torch", pytest.param("triton", marks=need_triton)])
 def impl(request, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 64)
@@ -437,12 +451,6 @@ def test_auto_takes_the_kernels_on_a_gpu_only_and_says_what_triton_lacks(monkeyp
         kernels.resolve_impl("triton", gpu)
 
 
-def python(code, **environment):
-    """Run code in a new process, since Triton reads its variable when kernels.py is imported."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
 def test_without_triton_the_file_imports_and_computes():
     """Claim: where the package triton does not exist, kernels.py is imported and the twins do the work.
     Fails if: a kernel is defined outside `if HAVE_TRITON`, or interpreted() asks triton first.
@@ -452,8 +460,8 @@ def test_without_triton_the_file_imports_and_computes():
         "assert not k.HAVE_TRITON and not k.interpreted()\n"
         "print(k.fused_logprob_kl(torch.zeros(1, 4), torch.tensor([2])).logp.item())"
     )
-    done = python(code)
-    assert done.returncode == 0 and float(done.stdout) == pytest.approx(-1.3862944), done.stderr
+    out, error = (done := python(code)).communicate()
+    assert done.returncode == 0 and float(out) == pytest.approx(-1.3862944), error
 
 
 COMPILE = """
@@ -481,14 +489,14 @@ for kernel, extra in ((kernels.statistics_kernel, ["state_ptr", "share_ptr"]), (
 
 
 @need_triton
-def test_the_kernels_compile_for_real_gpus_without_spilling(tmp_path):
+def test_the_kernels_compile_for_real_gpus_without_spilling(compiling):
     """Claim: for an RTX 4090 (compute capability 8.9) and an H100 (9.0) both kernels compile, keep everything in
     registers, and read 16 bytes a thread at a time. What they compute there, and how fast, needs a GPU.
     Fails if: BLOCK is 65536 (spills), or a kernel uses what only the interpreter accepts (`x_ptr[0]`).
     """
-    done = python(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    out, error = compiling.communicate()
+    assert compiling.returncode == 0, error
+    lines = [json.loads(line) for line in out.splitlines()]
     assert len(lines) == 4 and all(no_spill and wide for _, _, no_spill, wide in lines), lines
 
 

@@ -436,25 +436,12 @@ def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_forma
     monkeypatch.setattr(
         searchr1, "parse_action", lambda text: searchr1.Action("search", "mayor of Town B1") if len(text) % 2 else parse(text)
     )
-    flags = [
-        "--algo",
-        algo,
-        "--steps",
-        "2",
-        "--batch-size",
-        "3",
-        "--group-size",
-        "2",
-        "--max-new-tokens",
-        "20",
-        "--max-turns",
-        "2",
-        "--eval-limit",
-        "2",
-        "--output-dir",
-        "run",
-    ]
-    train.main(real_shape + flags)
+    flags = (
+        f"--algo {algo} --steps 2 --batch-size 3 --group-size 2 --max-new-tokens 10 --max-turns 2 --eval-limit 2 --output-dir run"
+    )
+    if algo == "ppo":  # one picture is enough
+        monkeypatch.setattr(train, "plot_runs", lambda runs, path: path.write_bytes(bytes(20001)))
+    train.main(real_shape + flags.split())
     samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
     assert samples[0]["prompt"].startswith("<|im_start|>user\nAnswer the given question.") and samples[0]["prompt"].endswith(
         "?\n<|im_end|>\n<|im_start|>assistant\n"
