@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 import data
 import searchr1
 from retrieval import SearchFailed, build_index, engine_from
-from searchr1 import Slots, check_format, f1_score, outcome_reward, policy_view, rollout, transcript
+from searchr1 import Slots, check_format, f1_score, outcome_reward, policy_view, retrieved_gold, rollout, sub_exact_match, transcript
 
 transformers_logging.disable_progress_bar()
 
@@ -77,8 +77,9 @@ def run_main(main):
 def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, generator=None, batch_size=256, progress=False, cache=None):
     """Answer every question once -> (metrics, rollouts in the order of the questions).
 
-    metrics: em, f1 (means over all questions), searches (executed, a question), finished, valid_format (shares),
-    response_tokens (the policy's own, a question); with hops known also em_1hop, em_2hop, searches_1hop, searches_2hop.
+    metrics: em, f1, sub_em (means over all questions), hit (share for which a gold answer was among the passages shown),
+    searches (executed), turns, response_tokens (the policy's own), each a question; finished, valid_format (shares); with
+    hops known also em_1hop, em_2hop, searches_1hop, searches_2hop.
     """
     settings = settings | {"invalid_message": INVALID_MESSAGES[settings["invalid_message"]]}
     on_gpu = policy.get_output_embeddings().weight.is_cuda
@@ -102,7 +103,10 @@ def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, ge
     metrics = {
         "em": mean(em),
         "f1": mean(lambda r, q: f1_score(r.answer or "", q.golden_answers)),
+        "sub_em": mean(lambda r, q: sub_exact_match(r.answer, q.golden_answers) if r.answer is not None else 0.0),
+        "hit": mean(lambda r, q: retrieved_gold(r, q.golden_answers)),
         "searches": mean(searches),
+        "turns": mean(lambda r, q: len(r.turns)),
         "finished": mean(lambda r, q: r.finished),
         "valid_format": mean(lambda r, q: check_format(policy_view(r))[0]),
         "response_tokens": mean(lambda r, q: sum(r.response_mask)),
@@ -110,6 +114,13 @@ def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, ge
     for hops in sorted({q.hops for q in questions} - {0}):
         metrics |= {f"em_{hops}hop": mean(em, hops), f"searches_{hops}hop": mean(searches, hops)}
     return metrics, rollouts
+
+
+def bootstrap_interval(values, samples=2000, seed=0):
+    """Numbers, one a question -> (low, high): the 95 % interval of their mean, from `samples` draws with replacement."""
+    values_n, rng = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(seed)
+    means = torch.stack([values_n[torch.randint(len(values), (len(values),), generator=rng)].mean() for _ in range(samples)])
+    return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 
 def fixed_sample(questions, limit, seed=0):
@@ -336,14 +347,16 @@ def main(argv=None):
     metrics, rollouts = evaluate(policy, tokenizer, questions, engine.search, settings, args.temperature, generator, progress=True)
     where = file or f"tiny world {world_seed}, held out"
     print(f"{len(questions)} questions ({where}), {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}")
+    scores = {"em": lambda r, q: outcome_reward(r.answer, q.golden_answers), "f1": lambda r, q: f1_score(r.answer or "", q.golden_answers)}
+    intervals = {name: bootstrap_interval([score(r, q) for r, q in zip(rollouts, questions)]) for name, score in scores.items()}
     for name, value in metrics.items():
-        print(f"{name:18} {value:.3f}")
+        print(f"{name:18} {value:.3f}" + ("   95 %: {:.3f} to {:.3f}".format(*intervals[name]) if name in intervals else ""))
     if args.json:
         records = [
             {"id": q.id, "question": q.question, "golden_answers": q.golden_answers, "answer": r.answer, "em": outcome_reward(r.answer, q.golden_answers),
              "searches": r.searches, "transcript": transcript(r, tokenizer)} for q, r in zip(questions, rollouts)
         ]  # fmt: skip
-        Path(args.json).write_text(json.dumps({"metrics": metrics, "settings": saved, "records": records}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps({"metrics": metrics, "intervals": intervals, "settings": saved, "records": records}, indent=1) + "\n")
     return 0
 
 

@@ -530,6 +530,12 @@ def exact_match(prediction, gold_answers):
     return float(any(normalize_answer(prediction) == normalize_answer(gold) for gold in gold_answers))
 
 
+def sub_exact_match(prediction, gold_answers):
+    """1.0 if any gold answer stands, normalised, inside the normalised prediction, else 0.0. As in the official code, a gold
+    answer that normalises to nothing stands in everything; nothing is rewarded by this."""
+    return float(any(normalize_answer(gold) in normalize_answer(prediction) for gold in gold_answers))
+
+
 def f1_score(prediction, gold_answers):
     """Largest token F1 over the gold answers, in [0, 1]; yes, no and noanswer count only if equal [HotpotQA, FlashRAG]."""
     best, normal = 0.0, normalize_answer(prediction)

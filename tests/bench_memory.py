@@ -58,6 +58,8 @@ def one_step(preset, algo, device):
     config = train.parse_config(flags)
     before = train.peak_bytes(device) if device.type == "cpu" else 0
     policy = random_policy(preset, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the random weights were in fp32 for a moment
     tokenizer = WordTokenizer(policy.config.vocab_size)
     memory = train.predict_memory(policy, config)
     models = train.make_models(policy, config)

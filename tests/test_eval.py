@@ -1,6 +1,7 @@
 """Claims about eval.py."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,10 @@ def test_metrics_are_means_over_all_questions_and_hops_apart():
     want = {
         "em": 3 / 5,
         "f1": (1 + 2 / 3 + 0 + 1 + 1) / 5,
+        "sub_em": 4 / 5,  # "thames" stands in "the River Thames"
+        "hit": 2 / 5,  # the passages name the Thames: shown for q2, q3 and q5, gold of q2 and q5
         "searches": (0 + 1 + 2 + 0 + 1) / 5,
+        "turns": (1 + 2 + 3 + 1 + 2) / 5,
         "finished": 4 / 5,
         "valid_format": 3 / 5,
         "em_1hop": 1.0,
@@ -80,6 +84,20 @@ def test_evaluation_is_greedy_and_the_flag_arrives(model, tokenizer, monkeypatch
         )
         texts.append([r.ids for r in rollouts])
     assert texts[0] == texts[1] != texts[2] and set(seen) == {0.0, 1.0}
+
+
+def test_the_interval_of_a_mean_is_the_binomials():
+    """Claim: for 60 right answers of 200 the bootstrap's 95 % interval is that of the binomial distribution within a
+    question; it is the same at every call; without spread it has no width.
+    Fails if: the draws are made without replacement (randperm), or the quantiles are 0.05 and 0.95.
+    """
+    low, high = evaluation.bootstrap_interval([1.0] * 60 + [0.0] * 140)
+    # A resampled mean is a binomial (200, 0.3) over 200.
+    below = [sum(math.comb(200, k) * 0.3**k * 0.7 ** (200 - k) for k in range(x + 1)) for x in range(201)]
+    want = [next(x for x in range(201) if below[x] >= p) / 200 for p in (0.025, 0.975)]
+    assert abs(low - want[0]) <= 0.0051 and abs(high - want[1]) <= 0.0051  # a question is 0.005
+    assert (low, high) == evaluation.bootstrap_interval([1.0] * 60 + [0.0] * 140)
+    assert evaluation.bootstrap_interval([0.5] * 9) == (0.5, 0.5)
 
 
 def test_the_fixed_sample_is_fixed_and_balanced(world):

@@ -649,6 +649,24 @@ def test_exact_match_is_the_official_one():
     assert s.exact_match("x", []) == 0.0
 
 
+def test_sub_exact_match_is_the_official_one():
+    """Claim: a gold answer inside the prediction counts, after the same normalisation, across word borders, too; the
+    other way round it does not; a gold answer of nothing stands in everything.
+    Fails if: words are compared instead of letters, or prediction and gold change places.
+    """
+    for prediction, gold in [
+        ("It is the U.S., I think", "us"),
+        ("theory", "ory"),
+        ("Big  Ben", "The big ben!"),
+        ("x", "The"),
+        ("", "an"),
+    ]:
+        assert s.sub_exact_match(prediction, ["nothing like it", gold]) == 1.0, (prediction, gold)
+    for prediction, gold in [("Ben", "Big Ben"), ("", "x"), ("A–B", "ab"), ("bigben", "big ben")]:
+        assert s.sub_exact_match(prediction, [gold]) == 0.0, (prediction, gold)
+    assert s.sub_exact_match("x", []) == 0.0
+
+
 def test_an_answer_that_normalises_to_nothing_earns_nothing():
     """Claim: [D8] gold "The The" and answer "a" are equal to the official matcher; the reward is 0 all the same.
     Fails if: outcome_reward returns exact_match as it is.
