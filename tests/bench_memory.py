@@ -4,8 +4,8 @@
     python tests/bench_memory.py --presets small                                                                    any CPU
 
 Random weights in the true shapes (nothing is downloaded), random rewards, an engine of three passages of 60 words. A model that
-has learned nothing never closes a tag: every turn runs to its limit and every rollout to --max-length. This is the most
-that a preset can be asked for, in memory and in time. On a GPU memory is capped at --cap GB (10^9 bytes) before anything
+has learned nothing never closes a tag: every turn runs to its limit, and all turns are used. This is about the most that a
+preset can be asked for, in memory and in time. On a GPU memory is capped at --cap GB (10^9 bytes) before anything
 is allocated; each run is a process of its own. Predicted: train.predict_memory.
 
 Decoding: --decode tokens of a full set of slots that hold 1500 ids each, as a share of what the card could do: reading all
