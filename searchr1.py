@@ -318,7 +318,7 @@ def sample(logits_nV, temperature, draws_n=None):
     logprobs_nV = torch.log_softmax(logits_nV / (temperature or 1.0), dim=-1)
     if temperature == 0:
         ids_n1 = logprobs_nV.argmax(-1, keepdim=True)
-    else:  # float64: in fp32 the sum over 150,000 tokens drifts by more than a rare token's probability
+    else:  # float64: in fp32 sums near 1 are 6e-8 apart, and a token rarer than that could never be drawn
         passed_nV = logprobs_nV.exp().cumsum(-1, dtype=draws_n.dtype)
         ids_n1 = torch.searchsorted(passed_nV, draws_n[:, None] * passed_nV[:, -1:], right=True).clamp_max(logits_nV.shape[1] - 1)
     return ids_n1[:, 0], logprobs_nV.gather(1, ids_n1)[:, 0]

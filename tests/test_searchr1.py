@@ -473,13 +473,17 @@ def test_sampling_draws_from_the_whole_distribution():
 
 
 def test_a_draw_finds_its_token_among_150000():
-    """Claim: draw u picks the token in whose share of [0, 1) it falls, to the last one of a real vocabulary, and never a
-    token of probability 0.
+    """Claim: draw u picks the token in whose share of [0, 1) it falls, to the last one of a real vocabulary, however rare it
+    is, and never a token of probability 0.
     Fails if: the probabilities are summed in fp32, or searchsorted looks from the left (`right=False`).
     """
     tokens, V = torch.tensor([0, 7, 74_999, 149_990, 149_999]), 150_000
     ids, _ = s.sample(torch.zeros(5, V), 1.0, (tokens.double() + 0.5) / V)
     assert ids.tolist() == tokens.tolist()
+    rare = torch.tensor([[0.9, 1e-8, 0.1]]).log()
+    p = torch.log_softmax(rare, -1).exp().double()[0]
+    ids, _ = s.sample(rare, 1.0, ((p[0] + p[1] / 2) / p.sum())[None])
+    assert ids.tolist() == [1]
     ids, _ = s.sample(
         torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]]).repeat(3, 1),
         1.0,
