@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 import data
 import searchr1
 from retrieval import SearchFailed, build_index, engine_from
-from searchr1 import Slots, check_format, f1_score, outcome_reward, policy_view, retrieved_gold, rollout, sub_exact_match, transcript
+from searchr1 import GPU_SLOTS, Slots, check_format, f1_score, outcome_reward, policy_view, retrieved_gold, rollout, sub_exact_match, transcript
 
 transformers_logging.disable_progress_bar()
 
@@ -74,6 +74,15 @@ def run_main(main):
 # ----- 1. Metrics -----
 
 
+def em(r, q):
+    """Exact match of a rollout's answer to its question [Eq. 4]."""
+    return outcome_reward(r.answer, q.golden_answers)
+
+
+def f1(r, q):
+    return f1_score(r.answer or "", q.golden_answers)
+
+
 def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, generator=None, batch_size=256, progress=False, cache=None):
     """Answer every question once -> (metrics, rollouts in the order of the questions).
 
@@ -83,7 +92,7 @@ def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, ge
     """
     settings = settings | {"invalid_message": INVALID_MESSAGES[settings["invalid_message"]]}
     on_gpu = policy.get_output_embeddings().weight.is_cuda
-    cache = cache or Slots(policy, min(len(questions), 64 if on_gpu else batch_size), settings["max_length"])
+    cache = cache or Slots(policy, min(len(questions), GPU_SLOTS if on_gpu else batch_size), settings["max_length"])
     rollouts, right = [], 0.0
     bar = tqdm(range(0, len(questions), batch_size), desc="evaluate", disable=not progress)
     for at in bar:
@@ -91,18 +100,17 @@ def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, ge
         rollouts += rollout(
             policy, tokenizer, [q.question for q in part], search, temperature=temperature, generator=generator, cache=cache, **settings
         )
-        right += sum(outcome_reward(r.answer, q.golden_answers) for r, q in zip(rollouts[at:], part))
+        right += sum(map(em, rollouts[at:], part))
         bar.set_postfix_str(f"EM {right / len(rollouts):.3f}")
 
     def mean(value, hops=None):
         chosen = [value(r, q) for r, q in zip(rollouts, questions) if hops is None or q.hops == hops]
         return sum(chosen) / len(chosen)
 
-    em = lambda r, q: outcome_reward(r.answer, q.golden_answers)
     searches = lambda r, q: r.num_searches
     metrics = {
         "em": mean(em),
-        "f1": mean(lambda r, q: f1_score(r.answer or "", q.golden_answers)),
+        "f1": mean(f1),
         "sub_em": mean(lambda r, q: sub_exact_match(r.answer, q.golden_answers) if r.answer is not None else 0.0),
         "hit": mean(lambda r, q: retrieved_gold(r, q.golden_answers)),
         "searches": mean(searches),
@@ -347,13 +355,12 @@ def main(argv=None):
     metrics, rollouts = evaluate(policy, tokenizer, questions, engine.search, settings, args.temperature, generator, progress=True)
     where = file or f"tiny world {world_seed}, held out"
     print(f"{len(questions)} questions ({where}), {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}")
-    scores = {"em": lambda r, q: outcome_reward(r.answer, q.golden_answers), "f1": lambda r, q: f1_score(r.answer or "", q.golden_answers)}
-    intervals = {name: bootstrap_interval([score(r, q) for r, q in zip(rollouts, questions)]) for name, score in scores.items()}
+    intervals = {score.__name__: bootstrap_interval([score(r, q) for r, q in zip(rollouts, questions)]) for score in (em, f1)}
     for name, value in metrics.items():
         print(f"{name:18} {value:.3f}" + ("   95 %: {:.3f} to {:.3f}".format(*intervals[name]) if name in intervals else ""))
     if args.json:
         records = [
-            {"id": q.id, "question": q.question, "golden_answers": q.golden_answers, "answer": r.answer, "em": outcome_reward(r.answer, q.golden_answers),
+            {"id": q.id, "question": q.question, "golden_answers": q.golden_answers, "answer": r.answer, "em": em(r, q),
              "searches": r.searches, "transcript": transcript(r, tokenizer)} for q, r in zip(questions, rollouts)
         ]  # fmt: skip
         Path(args.json).write_text(json.dumps({"metrics": metrics, "intervals": intervals, "settings": saved, "records": records}, indent=1) + "\n")

@@ -280,6 +280,7 @@ def captured(run, cache):
     return lambda: (graph.replay(), out)[1]
 
 
+GPU_SLOTS = 64  # rollouts in flight on a GPU, where nobody says how many
 FEED_TOKENS = 2**14  # rows x columns of one forward pass over blocks: what bounds the memory of encoding prompts and passages
 
 
@@ -451,7 +452,7 @@ def rollout(
     rollouts = new_rollouts(tokenizer, questions, group_size, do_search, max_length)
     if not rollouts:
         return []
-    cache = cache or Slots(policy, len(rollouts) if device.type != "cuda" else max(64, group_size), max_length)
+    cache = cache or Slots(policy, len(rollouts) if device.type != "cuda" else max(GPU_SLOTS, group_size), max_length)
     if len(cache.lengths) < group_size:
         raise ValueError(f"{len(cache.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")
     cache.clear()
