@@ -283,8 +283,12 @@ TINY_SETTINGS = {
 RETHINK_WORDS = "my action is not correct. let me rethink."
 
 # The prompt is the official one [Table 1], 100 words of instructions that 0.4 M parameters cannot use. Every model has
-# a chat template to bring a message into the form it was trained on; this one keeps the question and drops the rest.
-CHAT_TEMPLATE = "{{ '<question> ' + messages[-1]['content'].split('Question: ')[-1].strip() + ' </question>' }}"
+# a chat template to bring a message into the form it was trained on; this one keeps the question, and passages that a
+# prompt brings along (RAG) in the place where the base model learned to read them, and drops the rest.
+CHAT_TEMPLATE = (
+    "{%- set asked, _, context = messages[-1]['content'].split('Question: ')[-1].partition(' Context: ') -%}"
+    "{{ ('<information> ' + context.strip() + ' </information> ' if context else '') + '<question> ' + asked.strip() + ' </question>' }}"
+)
 
 
 def make_tokenizer():
@@ -336,7 +340,7 @@ class BaseConfig:
     lr: float = 2e-3
     top_k: int = 3  # passages a search; reinforcement learning with another K meets blocks of a length never read
     context_weight: float = 0.02  # loss weight of prompts and passages: random names cannot be predicted
-    version: int = 1  # raised when this file changes what the base model sees
+    version: int = 2  # raised when this file changes what the base model sees
 
 
 def reading_episode(world, facts, documents, rng):

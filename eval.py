@@ -145,7 +145,38 @@ def fixed_sample(questions, limit, seed=0):
     return picked
 
 
-# ----- 2. Loading -----
+# ----- 2. The methods of the paper's table -----
+
+# What the paper prints no prompt for says the same in our words, in the official form: "Question: ", answer tags.
+DIRECT = (
+    "Answer the given question from what you know. Write the answer and nothing else inside <answer> and </answer>, "
+    "for example <answer> Beijing </answer>. Question: {question}\n"
+)
+PASSAGES = "@@passages@@"  # stands in a prompt where passages will
+
+
+def prompt_ids(tokenizer, question, template, start="", passages=(), budget=500):
+    """A question in a template of {question} and {context} -> ids of the prompt, and of `start`, the first words of the
+    model's own message, put into its mouth.
+
+    Passages are encoded apart, as the rollout does it, to at most `budget` ids: what they say stays text, even
+    where it spells a special token.
+    """
+    plain = not getattr(tokenizer, "chat_template", None)  # [D13]
+    text = searchr1.make_prompt(question, tokenizer, template=template, context=PASSAGES) + start
+    head, _, tail = text.rpartition(PASSAGES) if "{context}" in template else ("", "", text)
+    ids = tokenizer(head, add_special_tokens=plain)["input_ids"] if head else []
+    if head:
+        ids = ids + searchr1.observation_ids(tokenizer, searchr1.format_passages(passages), budget)
+    return ids + tokenizer(tail, add_special_tokens=plain and not head)["input_ids"]
+
+
+def direct_ids(tokenizer, question):
+    """The prompt of direct inference, up to the first word of the answer; SFT trains on it."""
+    return prompt_ids(tokenizer, question, DIRECT, "<answer>")
+
+
+# ----- 3. Loading -----
 
 
 def reach_hub(model):
@@ -211,7 +242,7 @@ def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed"
     return world.test, build_index(world.passages), world
 
 
-# ----- 3. Pictures -----
+# ----- 4. Pictures -----
 
 CURVES = [
     ("held-out exact match (greedy)", ["eval/em_1hop", "eval/em_2hop", "eval/em"], "share of questions"),
@@ -281,7 +312,7 @@ def write_points(runs, path):
         )
 
 
-# ----- 4. One conversation -----
+# ----- 5. One conversation -----
 
 
 def ask(policy, tokenizer, question, search, settings):

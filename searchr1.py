@@ -64,14 +64,16 @@ NO_SEARCH_TEMPLATE = (
 )
 
 
-def make_prompt(question, tokenizer=None, do_search=True):
+def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts):
     """question str -> prompt str: the official template, as one user message of the tokenizer's chat template if it has
     one. Base models go through it too, as in the official code: without it a 3B base model loses about eight points.
+
+    template: another one (eval.py's methods), with {question} and whatever `parts` fill.
     """
     question = question.strip()
     if not question.endswith("?"):
         question += "?"
-    content = (TEMPLATE if do_search else NO_SEARCH_TEMPLATE).format(question=question)
+    content = (template or (TEMPLATE if do_search else NO_SEARCH_TEMPLATE)).format(question=question, **parts)
     if getattr(tokenizer, "chat_template", None):
         message = {"role": "user", "content": content}
         return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
@@ -107,10 +109,14 @@ def parse_action(text):
     return Action(match.group(1), match.group(2).strip()) if match else Action("invalid", "")
 
 
+def format_passages(passages):
+    """list[Passage] -> text, a line a passage, numbered from 1."""
+    return "".join(f'Doc {i}(Title: "{p.title}") {p.text}\n' for i, p in enumerate(passages, 1)).strip()
+
+
 def format_information(passages):
     """list[Passage] -> the official observation text. No passage gives an empty pair of tags."""
-    documents = "".join(f'Doc {i}(Title: "{p.title}") {p.text}\n' for i, p in enumerate(passages, 1))
-    return f"\n\n<information>{documents.strip()}</information>\n\n"
+    return f"\n\n<information>{format_passages(passages)}</information>\n\n"
 
 
 # ----- 3. The rollout (Algorithm 1) -----
@@ -326,7 +332,7 @@ def sample(logits_nV, temperature, draws_n=None):
 
 
 @functools.lru_cache(maxsize=8)
-def closing_ids(tokenizer):
+def closing_ids(tokenizer, stop_tags=STOP_TAGS):
     """Ids of the tokens that could complete a stop tag, whatever the tokens before: only after these is text decoded.
 
     A tokenizer may spell `</search>` as one token, as `</`, `search`, `>`, or end it inside `>\\n\\n`. The piece that
@@ -335,7 +341,7 @@ def closing_ids(tokenizer):
     ids = set()
     for i, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         heads = [piece[: at + 1] for at, character in enumerate(piece or "") if character == ">"]
-        if any(tag.endswith(head) or head.endswith(tag) for head in heads for tag in STOP_TAGS):
+        if any(tag.endswith(head) or head.endswith(tag) for head in heads for tag in stop_tags):
             ids.add(i)
     return ids
 
@@ -347,13 +353,13 @@ def end_ids(policy, tokenizer):
     return {i for i in [tokenizer.eos_token_id, *configured] if i is not None}
 
 
-def turn_ended(r, token, tokenizer, closing, ends, limit):
+def turn_ended(r, token, tokenizer, closing, ends, limit, stop_tags=STOP_TAGS):
     """[Alg. 1 l. 4] Was `token`, the last of rollout r, the end of its turn: a stop tag, end of sequence, or the limit?
 
     The tag is looked for in the decoded tail of THIS turn. The completing token is kept whole, overhang included.
     """
     tail = tokenizer.decode(r.ids[max(r.turn_start, len(r.ids) - 16) :]) if token in closing else ""
-    return token in ends or len(r.ids) >= limit or any(tag in tail for tag in STOP_TAGS)
+    return token in ends or len(r.ids) >= limit or any(tag in tail for tag in stop_tags)
 
 
 def observation_ids(tokenizer, text, budget, closing=""):
@@ -411,13 +417,14 @@ def answer_turns(ended, tokenizer, search, top_k, last_turn, max_obs_length, max
     return going_on
 
 
-def new_rollouts(tokenizer, questions, group_size, do_search, max_length):
+def new_rollouts(tokenizer, questions, group_size, do_search, max_length, prompts=None):
     """Questions -> Rollouts that hold their prompts, group_size of each in a row. ValueError for a prompt without room."""
     # A chat template spells its special tokens out. Without one the tokenizer adds what its model expects first [D13].
     plain = not getattr(tokenizer, "chat_template", None)
     rollouts = []
-    for question in questions:
-        ids = tokenizer(make_prompt(question, tokenizer, do_search), add_special_tokens=plain)["input_ids"]
+    for i, question in enumerate(questions):
+        text = make_prompt(question, tokenizer, do_search)
+        ids = prompts[i] if prompts else tokenizer(text, add_special_tokens=plain)["input_ids"]
         if len(ids) >= max_length:
             raise ValueError(
                 f"the prompt of {question[:60]!r} has {len(ids)} tokens and max_length is {max_length}: raise --max-length"
@@ -430,7 +437,7 @@ def new_rollouts(tokenizer, questions, group_size, do_search, max_length):
 @torch.no_grad()
 def rollout(
     policy, tokenizer, questions, search, group_size=1, max_turns=4, max_new_tokens=500, max_obs_length=500, max_length=4096,
-    top_k=3, temperature=1.0, do_search=True, invalid_message=INVALID_ACTION, generator=None, cache=None,
+    top_k=3, temperature=1.0, do_search=True, invalid_message=INVALID_ACTION, generator=None, cache=None, prompts=None, stop_tags=STOP_TAGS, watch=None,
 ):  # fmt: skip
     """[Algorithm 1] Multi-turn generation with search, for all questions and their groups -> list[Rollout].
 
@@ -442,6 +449,9 @@ def rollout(
     temperature     0 is greedy;  generator: torch.Generator on the policy's device
     do_search       False is the paper's R1: its own prompt, one turn
     cache           Slots to work in; it decides how many rollouts are in flight at once. None: all (on a GPU 64)
+    prompts         Q lists of ids in place of the official prompts, and stop_tags in place of the two that end a turn: with
+                    do_search False one call of the model for whatever purpose (eval.py's other methods)
+    watch           called with a rollout after each of its tokens
     Raises ValueError if a prompt leaves no room within max_length, RuntimeError if the engine loses a query.
 
     Rows do not wait for each other: a finished one gives its slot to the next question, and as soon as a quarter of the
@@ -449,7 +459,7 @@ def rollout(
     run side by side changes nothing but last bits: the draw that picks a token belongs to its rollout and position.
     """
     device = policy.get_output_embeddings().weight.device
-    rollouts = new_rollouts(tokenizer, questions, group_size, do_search, max_length)
+    rollouts = new_rollouts(tokenizer, questions, group_size, do_search, max_length, prompts)
     if not rollouts:
         return []
     cache = cache or Slots(policy, len(rollouts) if device.type != "cuda" else max(GPU_SLOTS, group_size), max_length)
@@ -458,7 +468,7 @@ def rollout(
     cache.clear()
     double = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     draws_BL = torch.rand(len(rollouts), max_length, dtype=double, generator=generator, device=device) if temperature else None
-    closing, ends = closing_ids(tokenizer), end_ids(policy, tokenizer)
+    closing, ends = closing_ids(tokenizer, stop_tags), end_ids(policy, tokenizer)
     last_turn = max_turns if do_search else 0
 
     groups = deque(range(0, len(rollouts), group_size))  # waiting questions: the number of the group's first rollout
@@ -473,7 +483,9 @@ def rollout(
             r = rollouts[b]
             r.append([token], [logprob])  # [D1] this id is what will be trained
             limit = min(r.turn_start + max_new_tokens, max_length)
-            (writing.discard if turn_ended(r, token, tokenizer, closing, ends, limit) else writing.add)(b)
+            (writing.discard if turn_ended(r, token, tokenizer, closing, ends, limit, stop_tags) else writing.add)(b)
+            if watch:
+                watch(r)
 
     while groups or running:  # [Alg. 1 l. 2-10], every rollout at its own turn b
         # Turns that have ended: the environment answers, or the rollout leaves and the last row takes its slot.
