@@ -29,7 +29,18 @@ from transformers.utils import logging as transformers_logging
 import data
 import searchr1
 from retrieval import SearchFailed, build_index, engine_from
-from searchr1 import GPU_SLOTS, Slots, check_format, f1_score, outcome_reward, policy_view, retrieved_gold, rollout, sub_exact_match, transcript
+from searchr1 import (
+    GPU_SLOTS,
+    Slots,
+    check_format,
+    f1_score,
+    outcome_reward,
+    policy_view,
+    retrieved_gold,
+    rollout,
+    sub_exact_match,
+    transcript,
+)
 
 transformers_logging.disable_progress_bar()
 
@@ -83,7 +94,19 @@ def f1(r, q):
     return f1_score(r.answer or "", q.golden_answers)
 
 
-def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, generator=None, batch_size=256, progress=False, cache=None):
+def evaluate(
+    policy,
+    tokenizer,
+    questions,
+    search,
+    settings,
+    temperature=0.0,
+    generator=None,
+    batch_size=256,
+    progress=False,
+    cache=None,
+    method="search-r1",
+):
     """Answer every question once -> (metrics, rollouts in the order of the questions).
 
     metrics: em, f1, sub_em (means over all questions), hit (share for which a gold answer was among the passages shown),
@@ -98,7 +121,14 @@ def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, ge
     for at in bar:
         part = questions[at : at + batch_size]
         rollouts += rollout(
-            policy, tokenizer, [q.question for q in part], search, temperature=temperature, generator=generator, cache=cache, **settings
+            policy,
+            tokenizer,
+            [q.question for q in part],
+            search,
+            temperature=temperature,
+            generator=generator,
+            cache=cache,
+            **settings,
         )
         right += sum(map(em, rollouts[at:], part))
         bar.set_postfix_str(f"EM {right / len(rollouts):.3f}")
@@ -269,7 +299,7 @@ def read_runs(paths):
     return runs
 
 
-def plot_runs(runs, path):
+def plot_runs(runs, path, curves=None):
     """Draw the curves of one or several runs, a colour a run, a line style a number of hops, into one PNG or PDF."""
     import matplotlib
 
@@ -278,7 +308,7 @@ def plot_runs(runs, path):
     from matplotlib.lines import Line2D
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for (title, names, unit), axis in zip(CURVES, axes.flat):
+    for (title, names, unit), axis in zip(curves or CURVES, axes.flat):
         for colour, (run, records) in enumerate(runs.items()):
             present = [name for name in names if any(name in r for r in records)]
             if any("hop" in name for name in present):
@@ -291,15 +321,17 @@ def plot_runs(runs, path):
         axis.grid(alpha=0.3)
     keys = [Line2D([], [], color=f"C{colour}", label=run) for colour, run in enumerate(runs)]
     if any("eval/em_1hop" in r for records in runs.values() for r in records):
-        keys += [Line2D([], [], color="0.3", linestyle=style, label=label) for style, label in (("-", "one hop"), ("--", "two hops"))]
+        keys += [
+            Line2D([], [], color="0.3", linestyle=style, label=label) for style, label in (("-", "one hop"), ("--", "two hops"))
+        ]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def write_points(runs, path):
+def write_points(runs, path, curves=None):
     """The points of plot_runs as CSV: run, step, metric, value. --plot draws such a file again."""
-    names = [name for _, group, _ in CURVES for name in group]
+    names = [name for _, group, _ in curves or CURVES for name in group]
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["run", "step", "metric", "value"])
@@ -394,7 +426,9 @@ def main(argv=None):
             {"id": q.id, "question": q.question, "golden_answers": q.golden_answers, "answer": r.answer, "em": em(r, q),
              "searches": r.searches, "transcript": transcript(r, tokenizer)} for q, r in zip(questions, rollouts)
         ]  # fmt: skip
-        Path(args.json).write_text(json.dumps({"metrics": metrics, "intervals": intervals, "settings": saved, "records": records}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"metrics": metrics, "intervals": intervals, "settings": saved, "records": records}, indent=1) + "\n"
+        )
     return 0
 
 

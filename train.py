@@ -27,7 +27,9 @@ Departures, besides those of searchr1.py:
 import argparse
 import contextlib
 import copy
+import csv
 import functools
+import io
 import json
 import random
 import shutil
@@ -55,6 +57,7 @@ from eval import (
     SETTINGS,
     Mistake,
     Parser,
+    direct_ids,
     evaluate,
     fixed_sample,
     load_checkpoint,
@@ -63,12 +66,13 @@ from eval import (
     read_runs,
     run_main,
     task,
+    write_points,
 )
 from kernels import default_chunk
-from retrieval import SearchFailed
+from retrieval import BM25, SearchEngine, SearchFailed
 from searchr1 import (
-    FEED_TOKENS, Critic, Slots, collate, format_reward, gae, group_advantages, head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout,
-    token_logprobs, token_mean, transcript, value_loss, whiten,
+    FEED_TOKENS, Critic, Rollout, Slots, collate, format_reward, gae, group_advantages, head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end,
+    rollout, token_logprobs, token_mean, transcript, value_loss, whiten,
 )  # fmt: skip
 
 # ----- 1. Configuration: one field a flag -----
@@ -83,7 +87,7 @@ class Config:
     """Every value of a run. Defaults are the tiny world's with GRPO; PRESETS override them; flags override those."""
 
     preset: str = flag("", "tiny (default), real (default with --model), or a model and what it is trained on")
-    algo: str = flag("grpo", "ppo, grpo or reinforce")
+    algo: str = flag("grpo", "ppo, grpo or reinforce; sft (on gold answers) or rejection (on the base model's right rollouts)")
     seed: int = flag(0, "of everything but the world: base model, questions, sampling")
     world_seed: int = flag(0, "which tiny world")
     model: str = flag("", "folder or hub id of a causal LM; empty: the tiny base model")
@@ -135,6 +139,11 @@ class Config:
     reward: str = flag("em", "em [Eq. 4] or format (the second paper's shaped reward)")
 
     temperature: float = flag(1.0, "of sampling; the paper: 1.0")
+    retriever: str = flag(
+        "exact",
+        "tiny world: exact (vectors), lexical (BM25), random (passages drawn by lot) or empty (none); for --study retriever",
+    )
+    format_steps: int = flag(480, "tiny base model: steps in which it is shown the format, 480 or fewer; for --study base-instruct")
     max_turns: int = flag(3, "turns that may search, the paper's B (4); then one more that cannot")
     max_new_tokens: int = flag(14, "tokens a turn; the paper: 500")
     max_obs_length: int = flag(64, "tokens of a block of passages; the paper: 500")
@@ -206,10 +215,25 @@ PRESETS = {
     },
 }  # fmt: skip
 PRESETS |= {f"{name}/reinforce": {"batch_size": 80, "group_size": 1} for name in PRESETS}
+# Fine-tuning has no reward and no reference [Sec. 4]; five samples a question are the paper's. Its learning rates are not known.
+PRESETS |= {
+    f"{name}/{algo}": {
+        "group_size": {"sft": 1, "rejection": 5}[algo],
+        "kl_coef": 0.0,
+        "minibatches": 1,
+        "recompute_old_logprobs": False,
+    }
+    | ({"lr": 1e-4 if "lora_rank" in PRESETS[name] else 1e-5} if name != "tiny" else {})
+    for name in list(PRESETS)
+    if "/" not in name
+    for algo in ("sft", "rejection")
+}
 PRESETS |= {f"{name}/ppo": {"batch_size": 80, "group_size": 1, "kl_in": "reward"} for name in PRESETS if "/" not in name}
 PRESETS |= {
     "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 80, "two_hop_share_end": 0.35},
     "tiny/reinforce": {"batch_size": 240, "group_size": 1},
+    "tiny/sft": PRESETS["tiny/sft"] | {"batch_size": 240},
+    "tiny/rejection": PRESETS["tiny/rejection"] | {"batch_size": 96, "steps": 60},
     # Two full models with their masters and Adam: what is left is for half the slots.
     "qwen2.5-0.5b/ppo": PRESETS["qwen2.5-0.5b/ppo"] | {"slots": 32, "micro_batch_tokens": 4096},
     "paper/ppo": {"batch_size": 512, "group_size": 1, "minibatches": 2, "kl_in": "reward"},
@@ -217,7 +241,8 @@ PRESETS |= {
 }
 CHOICES = {
     "preset": tuple(name for name in PRESETS if "/" not in name),
-    "algo": ("ppo", "grpo", "reinforce"),
+    "algo": ("ppo", "grpo", "reinforce", "sft", "rejection"),
+    "retriever": ("exact", "lexical", "random", "empty"),
     "kl_in": ("reward", "loss"),
     "reward": ("em", "format"),
     "dtype": ("auto", "bf16", "fp32"),
@@ -242,8 +267,8 @@ POSITIVE = (
 )
 
 
-def parse_config(argv):
-    """Command line -> Config. Flags are the fields with dashes; unknown flags and impossible values are errors."""
+def parse_flags(argv):
+    """Command line -> {name: value} of the flags that were given: the fields of Config, and what is many runs [10]."""
     parser = Parser(allow_abbrev=False, description="Train a language model to search, from the reward of its final answer alone.")
     for f in fields(Config):
         name, help = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
@@ -253,7 +278,19 @@ def parse_config(argv):
             parser.add_argument(name, action=argparse.BooleanOptionalAction if f.default else "store_true", default=None, help=help)
         else:
             parser.add_argument(name, type=type(f.default), choices=CHOICES.get(f.name), default=None, help=help)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    many = parser.add_argument_group("many runs on the tiny world; other flags go to each of them")
+    many.add_argument(
+        "--table", action="store_true", default=None, help="train what must be trained and compare the paper's nine methods"
+    )
+    many.add_argument("--quick", action="store_true", default=None, help="of --table: one seed, fewer steps and questions")
+    many.add_argument("--study", choices=STUDIES, help="one finding of the paper, redrawn: figures/STUDY.png and .csv")
+    many.add_argument("--seeds", type=int, help="seeds of each run (default: 3)")
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+
+def parse_config(given):
+    """{name: value} of flags, or a command line -> Config. Unknown flags and impossible values are errors."""
+    given = given if isinstance(given, dict) else parse_flags(given)
     if "resume" in given:
         return resumed_config(given)
     preset = given.get("preset") or ("real" if given.get("model") else "tiny")
@@ -285,6 +322,12 @@ def check_config(config):
         raise Mistake(
             "--model needs --train-data and --corpus, say hotpotqa and contexts: the tiny world's words mean nothing to a real model"
         )
+    if config.algo == "sft" and config.group_size != 1:
+        raise Mistake(f"--group-size {config.group_size}: --algo sft has one example a question, its gold answer")
+    if config.train_data and (config.retriever, config.format_steps) != (Config.retriever, Config.format_steps):
+        raise Mistake("--retriever and --format-steps are the tiny world's; for real passages see --corpus, --encoder and --model")
+    if not 0 <= config.format_steps <= Config.format_steps:
+        raise Mistake(f"--format-steps {config.format_steps}: from 0 to {Config.format_steps}")
     if config.eval_data and not config.train_data:
         raise Mistake("--eval-data needs --train-data: the tiny world brings its own held-out questions")
     if config.preset == "real" and not config.model:
@@ -330,6 +373,7 @@ def load_run(config):
         held_data = config.eval_data or ("" if Path(config.train_data).is_file() else config.train_data)
         others = data.question_files(held_data, "eval") if held_data else []
         questions, engine, _ = task(0, config.corpus, config.train_data, "train", config.encoder, others)
+        search = engine.search
         if held_data:
             held = read_file(lambda spec: data.load_data(spec, "eval"), held_data)
         else:
@@ -350,12 +394,15 @@ def load_run(config):
     else:
         questions, engine, world = task(config.world_seed)
         held, questions = questions, world.train
-        oracle = data.oracle_exact_match(world, fixed_sample(held, 1000), engine.search, config.top_k)
+        search = searching(config.retriever, world.passages, engine.search)
+        oracle = data.oracle_exact_match(world, fixed_sample(held, 1000), search, config.top_k)
         print(
             f"tiny world {config.world_seed}: {len(world.passages)} passages, {len(questions)} questions to train on, {len(held)} held out; a perfect policy would score {oracle:.2f}"
         )
         began = time.perf_counter()
-        policy, tokenizer, folder = data.base_model(data.BaseConfig(seed=config.seed), "outputs")
+        # Made for this K: blocks of a length that it never read would be another world.
+        base = data.BaseConfig(seed=config.seed, top_k=config.top_k, policy_steps=config.format_steps)
+        policy, tokenizer, folder = data.base_model(base, "outputs")
         policy = policy.to(device)
         if config.dtype == "bf16":  # PITFALL: policy.to(bfloat16) would round the frequencies of the positions, too
             for p in policy.parameters():
@@ -368,7 +415,16 @@ def load_run(config):
             share = config.two_hop_share + (config.two_hop_share_end - config.two_hop_share) * min(1.0, max(0.0, (step - 15) / 25))
             return data.draw_questions(questions, config.batch_size, share, random.Random(f"{config.seed} questions {step}"))
 
-    return policy, tokenizer, engine.search, draw, fixed_sample(questions, config.eval_limit), fixed_sample(held, config.eval_limit)
+    return policy, tokenizer, search, draw, fixed_sample(questions, config.eval_limit), fixed_sample(held, config.eval_limit)
+
+
+def searching(kind, passages, exact):
+    """What the tiny world is searched with -> search(queries, top_k). Of worse engines the policy may learn to make less use."""
+    if kind == "lexical":
+        return SearchEngine(passages, BM25(passages)).search
+    if kind == "random":  # the same query finds the same passages, as with any engine
+        return lambda queries, top_k: [random.Random(query).sample(passages, top_k) for query in queries]
+    return (lambda queries, top_k: [[] for _ in queries]) if kind == "empty" else exact
 
 
 # ----- 3. Four networks on one card -----
@@ -587,7 +643,8 @@ def predict_memory(policy, config):
         "fp32 masters": 4 * count if e != 4 else 0,
         "Adam": 8 * (count + head) + 4 * tensors,  # two means, and the number of steps
         "gradients": 4 * (count + head),
-        "keys and values": slots * (config.max_length + 1) * layers * 2 * kv * e,  # kept through the update: graphs point to them
+        # Kept through the update: graphs point to them. Rejection sampling has a second set, of the frozen base.
+        "keys and values": slots * (config.max_length + 1) * layers * 2 * kv * e * (1 + (config.algo == "rejection")),
         "a block": block,
         "sampling": slots * V * (3 * 4 + 8),  # logits, log-probs, probabilities; their sums in float64
         "activations": tokens * kept,
@@ -646,6 +703,8 @@ def ending(error, doing, config):
 
 
 # ----- 5. The update (phase 6) -----
+
+FINE_TUNING = ("sft", "rejection")  # the paper's baselines that imitate; everything else learns from a reward
 
 
 def micro_batches(batch, index, budget):
@@ -714,6 +773,8 @@ def update(models, batch, step, config, rng):
             if train_policy:
                 logprobs_BT, entropy_BT = token_logprobs(policy, part.ids_BL, mask_BT, config.temperature)
                 pg_loss, clipped = policy_loss(logprobs_BT, part.old_logprobs_BT, part.advantages_BT, mask_BT, config.clip_eps)
+                if config.algo in FINE_TUNING:  # no ratio, no advantage: - log p(y | x)
+                    pg_loss, clipped = -token_mean(logprobs_BT, mask_BT), torch.zeros(())
                 entropy, kl = token_mean(entropy_BT, mask_BT), token_mean(kl_k3(logprobs_BT, part.ref_logprobs_BT), mask_BT)
                 # [Eq. 3] + beta KL(pi || pi_ref): PLUS in a loss. With the wrong sign the policy is paid for running away.
                 loss = pg_loss + config.kl_coef * (config.kl_in == "loss") * kl - config.entropy_coef * entropy
@@ -744,6 +805,25 @@ def learning_rate_factor(step, warmup_steps, config):
 
 
 # ----- 6. The phases that are more than one call -----
+
+
+def gold_example(question, tokenizer):
+    """[SFT] A Rollout that nobody rolled out: the prompt of direct inference and the gold answer, as if the policy had written it."""
+    ids, gold = direct_ids(tokenizer, question.question), question.golden_answers[0]
+    r = Rollout(
+        question.question,
+        ids,
+        [False] * len(ids),
+        [0.0] * len(ids),
+        len(ids),
+        gold,
+        True,
+        [f"<answer> {gold} </answer>"],
+        found=[None],
+    )
+    written = tokenizer(f" {gold} </answer>", add_special_tokens=False)["input_ids"]
+    r.append(written, [0.0] * len(written))
+    return r
 
 
 def rewards(rollouts, golds, config, rng):
@@ -777,7 +857,9 @@ def advantages(batch, token_rewards_BT, config):
         batch.advantages_BT = whiten(advantages_BT, batch.mask_BT)
         return batch
     scores_B = token_rewards_BT.sum(1)
-    if config.algo == "grpo":  # [Eq. 3] the group's mean is the baseline, its spread the unit
+    if config.algo in FINE_TUNING:  # what was right is imitated, the rest thrown away
+        advantages_B = scores_B
+    elif config.algo == "grpo":  # [Eq. 3] the group's mean is the baseline, its spread the unit
         advantages_B = group_advantages(scores_B, config.group_size)
     else:  # REINFORCE [Williams 1992]: the batch's mean is the baseline
         advantages_B = scores_B - scores_B.mean()
@@ -825,6 +907,11 @@ def sample_record(step, question, r, tokenizer):
     }  # fmt: skip
 
 
+def method_of(config):
+    """The row of the paper's Table 2 that a run makes, as eval.py calls it."""
+    return config.algo if config.algo in FINE_TUNING else "r1" if config.no_search else "search-r1"
+
+
 def save_checkpoint(out, step, models, tokenizer, config, settings):
     """OUTPUT_DIR/checkpoint-<step>: an ordinary Hugging Face folder, adapters merged, how its conversations run
     (search_r1.json), and what resuming needs (trainer_state.pt). It appears whole or not at all."""
@@ -833,7 +920,15 @@ def save_checkpoint(out, step, models, tokenizer, config, settings):
     tokenizer.save_pretrained(unfinished)
     (unfinished / "search_r1.json").write_text(
         json.dumps(
-            settings | {"world_seed": config.world_seed, "corpus": config.corpus or None, "encoder": config.encoder}, indent=2
+            settings
+            | {
+                "world_seed": config.world_seed,
+                "corpus": config.corpus or None,
+                "encoder": config.encoder,
+                "method": method_of(config),
+                "base": models.policy.name_or_path,
+            },
+            indent=2,
         )
         + "\n"
     )
@@ -855,7 +950,7 @@ def saved_whole(name, models):
 
 def restore(out, models):
     """The newest checkpoint of a run -> its step; the logs are cut back to it, since what came after will be done again."""
-    newest = max(out.glob("checkpoint-*/trainer_state.pt"), key=lambda file: int(file.parent.name.split("-")[1]))
+    newest = max(out.glob("checkpoint-*/trainer_state.pt"), key=lambda file: step_of(file.parent))
     state = torch.load(newest, map_location="cpu", weights_only=True)  # a second copy of it all might not fit on the card
     for name, network, optimizer in models.learners():
         values = load_checkpoint(newest.parent)[0].state_dict() if saved_whole(name, models) else state[name]
@@ -883,16 +978,31 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
     except (RuntimeError, MemoryError) as error:
         raise ending(error, "loading", config) from None
     cache = Slots(policy, config.slots or config.batch_size * config.group_size, config.max_length)
+    # Who writes the rollouts: the policy; for rejection sampling the base model, at every step as it was. Its slots are its
+    # own: a captured decoding step knows one role.
+    writer, part, writers_cache = policy, "policy", cache
+    if config.algo == "rejection":
+        writer, part, writers_cache = models.reference, None, Slots(models.reference, len(cache.lengths), config.max_length)
 
     def evaluation(step):
         """Greedy on the held-out sample; in the tiny world the first and last also sampled, and on training questions."""
         began = time.perf_counter()
-        metrics, rollouts = evaluate(policy, tokenizer, held_out, search, settings, cache=cache)
+        metrics, rollouts = evaluate(policy, tokenizer, held_out, search, settings, cache=cache, method=method_of(config))
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
         if step in (0, config.steps) and not config.model:
             generator = torch.Generator(device).manual_seed(step)
             for name, questions in (("eval", held_out), ("train", train_sample)):
-                sampled, _ = evaluate(policy, tokenizer, questions, search, settings, config.temperature, generator, cache=cache)
+                sampled, _ = evaluate(
+                    policy,
+                    tokenizer,
+                    questions,
+                    search,
+                    settings,
+                    config.temperature,
+                    generator,
+                    cache=cache,
+                    method=method_of(config),
+                )
                 metrics |= {f"{name}/sampled_{key}": value for key, value in sampled.items() if key.startswith("em")}
         return metrics | {"timing_s/eval": time.perf_counter() - began}, rollouts
 
@@ -925,10 +1035,11 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
 
                 # Phase 2. Rollouts [Alg. 1], the group_size of a question in a row: group ids are positions in the batch.
                 doing = "the rollouts"
-                rollouts = rollout(
-                    policy, tokenizer, [q.question for q in questions], search, config.group_size, temperature=config.temperature,
-                    generator=generator, cache=cache, **settings | {"invalid_message": INVALID_MESSAGES[config.invalid_message]},
-                )  # fmt: skip
+                with role(writer, part):
+                    rollouts = [gold_example(q, tokenizer) for q in questions] if config.algo == "sft" else rollout(
+                        writer, tokenizer, [q.question for q in questions], search, config.group_size, temperature=config.temperature,
+                        generator=generator, cache=writers_cache, **settings | {"invalid_message": INVALID_MESSAGES[config.invalid_message]},
+                    )  # fmt: skip
                 rolled_out = time.perf_counter()
 
                 # Phase 3. Rewards [Eq. 4].
@@ -949,7 +1060,8 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
 
                 # Phase 6. Update [Eq. 2, Eq. 3].
                 doing = "the update"
-                losses = update(models, batch, step, config, rng)
+                nothing_right = config.algo in FINE_TUNING and not rewards_B.any()
+                losses = {} if nothing_right else update(models, batch, step, config, rng)
             except (SearchFailed, RuntimeError, MemoryError) as error:  # this step is not done; those before it are kept
                 ended, kept = ending(error, doing, config), "no step was done"
                 if step > 1:
@@ -1065,8 +1177,193 @@ def report(config):
         print(now + (f", BELOW what is expected: {', '.join(missed)}." if missed else ", as expected."))
 
 
+# ----- 10. Many runs: the studies and the table -----
+
+HOPS = [
+    ("held-out exact match, one hop (greedy)", ["eval/em_1hop"], "share of questions"),
+    ("held-out exact match, two hops (greedy)", ["eval/em_2hop"], "share of questions"),
+    ("training reward (sampled)", ["reward/mean"], "mean reward"),
+    ("searches, one-hop questions (greedy)", ["eval/searches_1hop"], "searches a question"),
+    ("searches, two-hop questions (greedy)", ["eval/searches_2hop"], "searches a question"),
+]
+LENGTH = ("response length (sampled)", ["response_length/mean"], "tokens, passages included")
+SHORT = {"steps": 60}  # enough to see who learns what; the full recipes have 80 and 100
+
+# Study -> ({label: flags}, panels of the picture). Runs of equal flags are made once, whichever study wants them.
+STUDIES = {
+    # Table 4: without the mask training is less stable and ends lower.
+    "mask": ({"with the mask": {}, "without": {"no_mask": True}}, [*HOPS, ("KL to the base model", ["kl"], "nats a token")]),
+    # Sec. 5: GRPO is faster at first, PPO more stable, both end alike. REINFORCE: the successors' finding that it does as well.
+    "algo": ({"PPO": {"algo": "ppo"}, "GRPO": {}, "REINFORCE": {"algo": "reinforce"}}, [*HOPS, LENGTH]),
+    # Sec. 5: the instruct model starts higher and learns faster, the base model catches up.
+    "base-instruct": (
+        {"format known poorly": SHORT | {"format_steps": 120}, "format known well": SHORT},
+        [*HOPS, ("turns that were valid (sampled)", ["env/ratio_of_valid_action"], "share of turns")],
+    ),
+    # Appendix, Table 7: three passages a search are best, one is worse, five learn fast and end below three.
+    "topk": ({f"{k} a search": SHORT | ({"top_k": k} if k != Config.top_k else {}) for k in (1, 3, 5)}, [*HOPS, LENGTH]),
+    # Appendix, Table 8: larger groups learn faster and are less stable; a group of one ends best. 240 rollouts a step, always.
+    "group-size": (
+        {
+            f"groups of {g}": SHORT | ({"group_size": g, "batch_size": 240 // g} if g != Config.group_size else {})
+            for g in (1, 3, 5, 8)
+        },
+        [*HOPS, LENGTH],
+    ),
+    # Sec. 5: the response first gets shorter (filler goes), then longer (it searches), and the reward rises with it.
+    "dynamics": (
+        {"PPO": {"algo": "ppo"}, "GRPO": {}},
+        [
+            LENGTH,
+            ("what the policy wrote (greedy, held out)", ["eval/response_tokens"], "tokens, without passages"),
+            ("searches (sampled)", ["env/number_of_valid_search"], "executed searches a rollout"),
+            HOPS[2],
+            ("entropy of the policy", ["entropy"], "nats a token"),
+            ("rollouts that end in an answer", ["env/finish_ratio"], "share of rollouts"),
+        ],
+    ),
+    # A later re-examination: with a random engine it stops searching, with an empty one it searches more.
+    "retriever": (
+        {kind: SHORT | ({"retriever": kind} if kind != "exact" else {}) for kind in CHOICES["retriever"]},
+        [*HOPS, LENGTH],
+    ),
+    # The budget B of Algorithm 1: what cannot be asked in one search needs two.
+    "turns": ({f"B = {b}": SHORT | ({"max_turns": b} if b != Config.max_turns else {}) for b in (1, 2, 3, 4)}, [*HOPS, LENGTH]),
+}
+
+
+def finished_run(given):
+    """Flags of a run on the tiny world -> the folder in which it is finished, outputs/studies/<flags>. One that is there is
+    taken as it is, half a one is continued."""
+    name = "-".join(f"{key}-{value}".replace("_", "-") for key, value in sorted(given.items()))
+    folder = Path("outputs/studies") / name
+    steps = parse_config(given).steps
+    if (folder / f"checkpoint-{steps}").exists():
+        return folder
+    half = list(folder.glob("checkpoint-*/trainer_state.pt"))
+    if not half:
+        shutil.rmtree(folder, ignore_errors=True)
+    config = parse_config({"resume": str(folder)} if half else given | {"output_dir": str(folder)})
+    print(f"{'continuing' if half else 'run'} {name}")
+    with contextlib.redirect_stdout(io.StringIO()):  # the bar stays
+        train(config, *load_run(config))
+    return folder
+
+
+def spread(values):
+    """Numbers, one a seed -> "mean (lowest to highest)"."""
+    text = f"{sum(values) / len(values):.3f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"
+
+
+def study(name, seeds, given):
+    """Make the runs of a study, draw them into figures/<name>.png with bands over the seeds, print where they end."""
+    variants, panels = STUDIES[name]
+    runs = {}
+    for seed in range(seeds):
+        for label, flags in variants.items():
+            folder = finished_run(flags | given | {"seed": seed})
+            runs |= {f"{label}, seed {seed}": records for records in read_runs([folder]).values()}
+    Path("figures").mkdir(exist_ok=True)
+    plot_runs(runs, f"figures/{name}.png", panels)
+    write_points(runs, f"figures/{name}.csv", panels)
+    ends = {
+        "EM, one hop": "eval/em_1hop",
+        "EM, two hops": "eval/em_2hop",
+        "searches": "eval/searches_1hop",
+        "": "eval/searches_2hop",
+    }
+    print(f"\n| {name} | EM, one hop | EM, two hops | searches, one hop | searches, two hops |\n|---|---|---|---|---|")
+    for label in variants:
+        last = [runs[f"{label}, seed {seed}"][-1] for seed in range(seeds)]
+        print(f"| {label} | " + " | ".join(spread([r[metric] for r in last]) for metric in ends.values()) + " |")
+    print(
+        f"\nwrote figures/{name}.png and figures/{name}.csv; mean of {seeds} seeds (lowest to highest), greedy, held-out questions"
+    )
+
+
+# What `--table --quick` trains less of: one seed, enough for the order.
+QUICK = {"grpo": 50, "ppo": 40, "sft": 40, "rejection": 25, "r1": 10}
+
+
+def trained_rows(seed, quick, given):
+    """The runs behind the rows of the table that are trained -> {(row, method): folder}."""
+    steps = lambda kind: {"steps": QUICK[kind]} if quick else {}
+    make = lambda kind, flags: finished_run(steps(kind) | flags | given | {"seed": seed})
+    return {
+        ("SFT", "sft"): make("sft", {"algo": "sft"}),
+        ("R1", "r1"): make("r1", {"no_search": True}),
+        ("Rejection sampling", "rejection"): make("rejection", {"algo": "rejection"}),
+        ("Search-R1 (PPO)", "search-r1"): make("ppo", {"algo": "ppo"}),
+        ("Search-R1 (GRPO)", "search-r1"): make("grpo", {}),
+    }
+
+
+def table(seeds, quick, given):
+    """The paper's Table 2 on the tiny world: nine methods, one base model a seed, greedy on held-out questions."""
+    columns = ("em_1hop", "em_2hop", "em", "f1", "sub_em", "hit", "searches", "turns", "response_tokens", "finished")
+    names = {"direct": "Direct inference", "cot": "CoT", "ircot": "IRCoT", "search-o1": "Search-o1", "rag": "RAG"}
+    scores = {}
+    for seed in range(seeds):
+        trained_from = trained_rows(seed, quick, given)
+        config = parse_config(given | {"seed": seed})
+        with contextlib.redirect_stdout(io.StringIO()):
+            base, tokenizer, search, _, _, held_out = load_run(config)
+        held_out = fixed_sample(held_out, 200 if quick else 0)
+        settings = {name: getattr(config, name) for name in SETTINGS if name != "do_search"} | {"do_search": True}
+        rows = {(names[method], method): base for method in names}
+        rows |= {
+            row: load_checkpoint(max(folder.glob("checkpoint-*"), key=step_of), base.device)[0]
+            for row, folder in trained_from.items()
+        }
+        for (row, method), policy in tqdm(rows.items(), desc=f"evaluating, seed {seed}"):
+            metrics, _ = evaluate(policy, tokenizer, held_out, search, settings, method=method)
+            scores.setdefault(row, []).append({name: metrics.get(name) for name in columns})
+    Path("figures").mkdir(exist_ok=True)
+    with open("figures/table.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", *columns])
+        writer.writerows(
+            [row, seed, *(f"{s[c]:.4f}" for c in columns)] for row, each in scores.items() for seed, s in enumerate(each)
+        )
+    print(
+        f"\n| method | EM, one hop | EM, two hops | both | hit | searches | calls of the model | tokens |\n|---|---|---|---|---|---|---|---|"
+    )
+    for row, each in scores.items():
+        cells = [spread([s[name] for s in each]) for name in ("em_1hop", "em_2hop", "em")]
+        cells += [f"{sum(s[name] for s in each) / len(each):.2f}" for name in ("hit", "searches", "turns", "response_tokens")]
+        print(f"| {row} | " + " | ".join(cells) + " |")
+    print(f"\nwrote figures/table.csv; {len(held_out)} held-out questions, greedy, mean of {seeds} seeds (lowest to highest)")
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.split("-")[1])
+
+
+def many_runs(wants, given):
+    seeds = wants["seeds"] or (1 if wants["quick"] else 3)
+    if seeds < 1:
+        raise Mistake(f"--seeds {seeds}: must be at least 1")
+    if wants["table"] and wants["study"] or wants["quick"] and not wants["table"]:
+        raise Mistake("--table or --study, one at a time; --quick goes with --table")
+    if {"seed", "resume", "output_dir", "model", "preset"} & set(given):
+        raise Mistake(
+            "--table and --study make runs of their own on the tiny world: no --seed, --resume, --output-dir, --model or --preset"
+        )
+    if wants["table"]:
+        table(seeds, wants["quick"], given)
+    else:
+        study(wants["study"], seeds, given)
+
+
 def main(argv=None):
-    config = parse_config(sys.argv[1:] if argv is None else argv)
+    given = parse_flags(sys.argv[1:] if argv is None else argv)
+    wants = {name: given.pop(name, None) for name in ("table", "quick", "study", "seeds")}
+    if wants["table"] or wants["study"]:
+        return many_runs(wants, given)
+    if wants["quick"] or wants["seeds"]:
+        raise Mistake("--seeds goes with --table or --study, --quick with --table")
+    config = parse_config(given)
     print("config: " + ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
     bytes_before = 0 if torch.cuda.is_available() else peak_bytes(torch.device("cpu"))  # Python, torch and what they import
     try:
