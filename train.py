@@ -1341,7 +1341,7 @@ def step_of(checkpoint):
 
 
 def many_runs(wants, given):
-    seeds = wants["seeds"] or (1 if wants["quick"] else 3)
+    seeds = wants["seeds"] if wants["seeds"] is not None else 1 if wants["quick"] else 3
     if seeds < 1:
         raise Mistake(f"--seeds {seeds}: must be at least 1")
     if wants["table"] and wants["study"] or wants["quick"] and not wants["table"]:
@@ -1361,7 +1361,7 @@ def main(argv=None):
     wants = {name: given.pop(name, None) for name in ("table", "quick", "study", "seeds")}
     if wants["table"] or wants["study"]:
         return many_runs(wants, given)
-    if wants["quick"] or wants["seeds"]:
+    if wants["quick"] or wants["seeds"] is not None:
         raise Mistake("--seeds goes with --table or --study, --quick with --table")
     config = parse_config(given)
     print("config: " + ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))

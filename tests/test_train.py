@@ -995,3 +995,212 @@ def test_slots_bound_what_is_in_flight_and_change_nothing_else(small_base, monke
     assert [len(cache.lengths) for cache in caches] == [20] * 7 + [4] * 7 and len(set(map(id, caches))) == 2
     for few, whole in zip(metrics("few"), metrics("all"), strict=True):
         assert few == pytest.approx(whole, abs=1e-3)
+
+
+# ----- Fine-tuning, the table, the studies -----
+
+
+def test_sft_raises_the_logprob_of_the_gold_answer_and_of_nothing_else(tokenizer, model):
+    """Claim: an example of SFT is the prompt of direct inference and the gold answer; the prompt is masked; the gradient is
+    that of the mean negative log-likelihood of the answer's tokens.
+    Fails if: gold_example's prompt is appended with log-probs (mask True), or FINE_TUNING's line in update is dropped.
+    """
+    asked = [
+        data.Question("1", "who is kinake?", ("gugoton", "second")),
+        data.Question("2", "where is kinake?", ("kinake gugoton",)),
+    ]
+    rollouts = [train.gold_example(q, tokenizer) for q in asked]
+    texts = [(tokenizer.decode(r.ids[: r.prompt_length]), tokenizer.decode(r.ids[r.prompt_length :])) for r in rollouts]
+    assert texts[0] == ("<question> who is kinake ? </question> <answer>", "gugoton </answer>")
+    assert texts[1] == ("<question> where is kinake ? </question> <answer>", "kinake gugoton </answer>")
+    assert [r.response_mask for r in rollouts] == [[i >= r.prompt_length for i in range(len(r.ids))] for r in rollouts]
+    batch = searchr1.collate(rollouts)
+    config = train.Config(algo="sft", minibatches=1, lr=1.0, kl_coef=0.0, max_grad_norm=1e9, warmup_steps=0)
+    batch = train.advantages(batch, searchr1.rewards_at_end(torch.ones(2), batch.mask_BT), config)
+    policy = copy.deepcopy(model)
+    train.update(train.Models(policy, model, None, sgd(policy), None), batch, 1, config, random.Random(0))
+    logits_BTV = model(input_ids=batch.ids_BL).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch.ids_BL[:, 1:].flatten(), reduction="none")
+    losses[batch.mask_BT.flatten()].mean().backward()  # the last five tokens: gugoton </answer>, kinake gugoton </answer>
+    assert batch.mask_BT.sum() == 5
+    for before, after in zip(model.parameters(), policy.parameters()):
+        torch.testing.assert_close(after, before - before.grad, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "2", "--lr", "1"]])
+def test_rejection_sampling_imitates_the_base_models_right_rollouts(small_base, monkeypatch, flags):
+    """Claim: every step's rollouts are the untouched base model's, whatever was learned before; only rows with reward are
+    trained, and a step without any trains nothing.
+    Fails if: the writer is the policy (or, with adapters, plays its role), or advantages() keeps every row.
+    """
+    monkeypatch.setattr(train, "outcome_reward", lambda answer, gold: float(answer is not None))
+    seen, trained, update = [], [], train.update
+    monkeypatch.setattr(train, "rewards", lambda *args, plain=train.rewards: seen.append(args[0]) or plain(*args))
+    monkeypatch.setattr(train, "update", lambda models, batch, *rest: trained.append(batch) or update(models, batch, *rest))
+    run = "--algo rejection --steps 2 --batch-size 6 --eval-limit 2 --max-turns 2 --max-new-tokens 8 --output-dir run".split()
+    train.main(run + ["--lr", "0.1"] + flags)
+    base, tokenizer, search, draw, *_ = train.load_run(train.Config())
+    config = json.loads(Path("run/config.json").read_text())
+    untouched = searchr1.rollout(
+        base, tokenizer, [r.question for r in seen[1][::5]], search, 5, 2, 8, config["max_obs_length"], 256, generator=torch.Generator().manual_seed(2),
+        invalid_message=searchr1.RETHINK,
+    )  # fmt: skip
+    assert [r.ids for r in seen[1]] == [r.ids for r in untouched]
+    moved = AutoModelForCausalLM.from_pretrained("run/checkpoint-2").state_dict()
+    assert any(not torch.equal(moved[name], value) for name, value in base.state_dict().items())
+    for rollouts, batch in zip(seen, trained, strict=True):
+        paid = [len(r.ids) for r in rollouts if r.answer is not None]
+        assert 0 < len(paid) < 30 and batch.lengths_B.tolist() == paid
+    saved = json.loads(Path("run/checkpoint-2/search_r1.json").read_text())
+    assert (saved["method"], saved["base"]) == ("rejection", base.name_or_path)
+    monkeypatch.setattr(train, "outcome_reward", lambda answer, gold: 0.0)
+    train.main(run[:-1] + ["nothing"])
+    moved = AutoModelForCausalLM.from_pretrained("nothing/checkpoint-2").state_dict()
+    assert all(torch.equal(moved[name], value) for name, value in base.state_dict().items())
+
+
+def test_worse_engines_are_what_their_names_say(world, engine):
+    """Claim: lexical is BM25, random finds the same passages for the same query and others for another one, empty finds none.
+    Fails if: `random` draws with the module's generator (another list at each call).
+    """
+    queries = ["kinake lives", "mayor", "kinake lives"]
+    exact, lexical, drawn, none = (
+        train.searching(kind, world.passages, engine.search)(queries, 3) for kind in train.CHOICES["retriever"]
+    )
+    assert exact == engine.search(queries, 3) and none == [[], [], []]
+    scores = train.BM25(world.passages).rank(queries[:1], 3)[1][0]
+    assert lexical[0] == [world.passages[row] for row in scores]
+    assert drawn[0] == drawn[2] != drawn[1] and {len(found) for found in drawn} == {3}
+
+
+def test_a_study_makes_each_run_once_and_draws_all_seeds(monkeypatch, tmp_path, capsys):
+    """Claim: --study makes its runs at every seed with the flags of their label, draws all of them into figures/, and prints
+    mean and spread; runs that are there, of this study or another, are not made again, half ones are continued.
+    Fails if: finished_run names folders by the study, or study() leaves a seed out.
+    """
+    made, drawn = [], {}
+
+    def run(config):  # what train() leaves behind
+        made.append(config)
+        folder = Path(config.output_dir)
+        (folder / f"checkpoint-{config.steps}").mkdir(parents=True)
+        (folder / f"checkpoint-{config.steps}/trainer_state.pt").touch()
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+        end = {
+            "eval/em_1hop": 0.5 + config.seed / 4,
+            "eval/em_2hop": 0.25,
+            "eval/searches_1hop": config.max_turns,
+            "eval/searches_2hop": 2.0,
+        }
+        (folder / "metrics.jsonl").write_text(
+            json.dumps({"step": 0, "reward/mean": 0.5}) + "\n" + json.dumps({"step": config.steps} | end)
+        )
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", run)
+    monkeypatch.setattr(train, "load_run", lambda config: ())
+    monkeypatch.setattr(train, "plot_runs", lambda runs, path, panels: drawn.update({path: (sorted(runs), panels)}))
+    train.main(["--study", "turns", "--seeds", "2"])
+    assert drawn["figures/turns.png"] == (
+        sorted(f"B = {b}, seed {seed}" for b in (1, 2, 3, 4) for seed in (0, 1)),
+        train.STUDIES["turns"][1],
+    )
+    assert [(c.max_turns, c.seed, c.steps) for c in made] == [(b, seed, 60) for seed in (0, 1) for b in (1, 2, 3, 4)]
+    printed = capsys.readouterr().out
+    assert (
+        "| B = 4 | 0.625 (0.500 to 0.750) | 0.250 (0.250 to 0.250) | 4.000 (4.000 to 4.000) | 2.000 (2.000 to 2.000) |" in printed
+    )
+    rows = Path("figures/turns.csv").read_text().splitlines()
+    assert rows[0] == "run,step,metric,value" and '"B = 4, seed 1",60,eval/em_1hop,0.75' in rows
+    train.main(["--study", "retriever", "--seeds", "1"])  # its "exact" is the other study's B = 3
+    assert [c.retriever for c in made[8:]] == ["lexical", "random", "empty"]
+    random_engine = Path(made[9].output_dir)
+    (random_engine / "checkpoint-60").rename(random_engine / "checkpoint-30")  # stopped half-way
+    shutil.rmtree(Path(made[10].output_dir) / "checkpoint-60")  # died before it saved anything
+    train.main(["--study", "retriever", "--seeds", "1"])
+    assert [(c.retriever, Path(c.resume or ".").name) for c in made[11:]] == [("random", random_engine.name), ("empty", "")]
+
+
+def test_the_table_has_every_method_of_the_paper(small_base, monkeypatch, capsys):
+    """Claim: --table trains the five that are trained, evaluates all methods in the paper's order on both kinds of questions,
+    the untrained ones with the base model; --quick is one seed.
+    Fails if: a row is left out of trained_rows, or the base model is evaluated in place of a trained one.
+    """
+    few = "--steps=1 --batch-size=4 --eval-limit=4 --max-new-tokens=8 --max-turns=1".split()
+    made, train_one, evaluated, evaluate = [], train.train, [], train.evaluate
+    monkeypatch.setattr(train, "train", lambda config, *run: made.append(config) or train_one(config, *run))
+    monkeypatch.setattr(train, "fixed_sample", lambda questions, limit: questions[: min(limit or 4, 4)])
+    monkeypatch.setattr(
+        train,
+        "evaluate",
+        lambda policy, *args, method, **rest: (
+            evaluated.append((method, policy.name_or_path)) or evaluate(policy, *args, method=method, **rest)
+        ),
+    )
+    train.main(["--table", "--quick", *few])
+    assert [(c.algo, c.no_search) for c in made] == [
+        ("sft", False),
+        ("grpo", True),
+        ("rejection", False),
+        ("ppo", False),
+        ("grpo", False),
+    ]
+    rows = [row.split(",") for row in Path("figures/table.csv").read_text().splitlines()]
+    names = [
+        "Direct inference",
+        "CoT",
+        "IRCoT",
+        "Search-o1",
+        "RAG",
+        "SFT",
+        "R1",
+        "Rejection sampling",
+        "Search-R1 (PPO)",
+        "Search-R1 (GRPO)",
+    ]
+    assert (
+        [row[0] for row in rows[1:]] == names
+        and {row[1] for row in rows[1:]} == {"0"}
+        and rows[0][2:5] == ["em_1hop", "em_2hop", "em"]
+    )
+    final = evaluated[-10:]
+    assert [method for method, _ in final] == [
+        "direct",
+        "cot",
+        "ircot",
+        "search-o1",
+        "rag",
+        "sft",
+        "r1",
+        "rejection",
+        "search-r1",
+        "search-r1",
+    ]
+    assert len({policy for _, policy in final[:5]}) == 1 and len({policy for _, policy in final}) == 6
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | " in printed for name in names)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--study", "nothing"], "invalid choice"),
+        (["--quick"], "--quick with --table"),
+        (["--seeds", "2"], "--seeds goes with"),
+        (["--table", "--study", "mask"], "one at a time"),
+        (["--table", "--seeds", "0"], "--seeds 0"),
+        (["--study", "mask", "--model", "x"], "no --seed"),
+        (["--algo", "sft", "--group-size", "5"], "one example a question"),
+        (["--format-steps", "900"], "--format-steps 900"),
+        (["--model", "m", "--train-data", "q", "--corpus", "p", "--retriever", "random"], "are the tiny world's"),
+    ],
+)
+def test_mistakes_about_many_runs_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    """Claim: as above.
+    Fails if: many_runs makes runs before it has looked at the flags.
+    """
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: train.main(flags))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and message in error and "\n" not in error and not list(tmp_path.iterdir())
