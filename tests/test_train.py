@@ -1102,23 +1102,23 @@ def test_a_study_makes_each_run_once_and_draws_all_seeds(monkeypatch, tmp_path, 
     monkeypatch.setattr(train, "plot_runs", lambda runs, path, panels: drawn.update({path: (sorted(runs), panels)}))
     train.main(["--study", "turns", "--seeds", "2"])
     assert drawn["figures/turns.png"] == (
-        sorted(f"B = {b}, seed {seed}" for b in (1, 2, 3, 4) for seed in (0, 1)),
+        sorted(f"B = {b}, seed {seed}" for b in (1, 2, 3) for seed in (0, 1)),
         train.STUDIES["turns"][1],
     )
-    assert [(c.max_turns, c.seed, c.steps) for c in made] == [(b, seed, 60) for seed in (0, 1) for b in (1, 2, 3, 4)]
+    assert [(c.max_turns, c.seed, c.steps) for c in made] == [(b, seed, 60) for seed in (0, 1) for b in (1, 2, 3)]
     printed = capsys.readouterr().out
     assert (
-        "| B = 4 | 0.625 (0.500 to 0.750) | 0.250 (0.250 to 0.250) | 4.000 (4.000 to 4.000) | 2.000 (2.000 to 2.000) |" in printed
+        "| B = 2 | 0.625 (0.500 to 0.750) | 0.250 (0.250 to 0.250) | 2.000 (2.000 to 2.000) | 2.000 (2.000 to 2.000) |" in printed
     )
     rows = Path("figures/turns.csv").read_text().splitlines()
-    assert rows[0] == "run,step,metric,value" and '"B = 4, seed 1",60,eval/em_1hop,0.75' in rows
+    assert rows[0] == "run,step,metric,value" and '"B = 2, seed 1",60,eval/em_1hop,0.75' in rows
     train.main(["--study", "retriever", "--seeds", "1"])  # its "exact" is the other study's B = 3
-    assert [c.retriever for c in made[8:]] == ["lexical", "random", "empty"]
-    random_engine = Path(made[9].output_dir)
+    assert [c.retriever for c in made[6:]] == ["lexical", "random", "empty"]
+    random_engine = Path(made[7].output_dir)
     (random_engine / "checkpoint-60").rename(random_engine / "checkpoint-30")  # stopped half-way
-    shutil.rmtree(Path(made[10].output_dir) / "checkpoint-60")  # died before it saved anything
+    shutil.rmtree(Path(made[8].output_dir) / "checkpoint-60")  # died before it saved anything
     train.main(["--study", "retriever", "--seeds", "1"])
-    assert [(c.retriever, Path(c.resume or ".").name) for c in made[11:]] == [("random", random_engine.name), ("empty", "")]
+    assert [(c.retriever, Path(c.resume or ".").name) for c in made[9:]] == [("random", random_engine.name), ("empty", "")]
 
 
 def test_the_table_has_every_method_of_the_paper(small_base, monkeypatch, capsys):
