@@ -153,7 +153,7 @@ class Config:
     top_k: int = flag(3, "passages a search; the paper: 3")
     invalid_message: str = flag("paper", "what an invalid turn is told: paper (Algorithm 1) or official (the code's longer text)")
     two_hop_share: float = flag(0.8, "tiny world: share of two-hop questions up to step 15")
-    two_hop_share_end: float = flag(0.5, "tiny world: the same from step 40 on, linear in between")
+    two_hop_share_end: float = flag(0.35, "tiny world: the same from step 40 on, linear in between")
 
     no_search: bool = flag(False, "the paper's R1: no search engine")
     no_mask: bool = flag(False, "the paper's ablation: train on retrieved tokens, too")
@@ -232,7 +232,7 @@ PRESETS |= {
 }
 PRESETS |= {f"{name}/ppo": {"batch_size": 80, "group_size": 1, "kl_in": "reward"} for name in PRESETS if "/" not in name}
 PRESETS |= {
-    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 80, "two_hop_share_end": 0.35},
+    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 80},
     "tiny/reinforce": {"batch_size": 240, "group_size": 1},
     "tiny/sft": PRESETS["tiny/sft"] | {"batch_size": 240},
     "tiny/rejection": PRESETS["tiny/rejection"] | {"batch_size": 96, "steps": 60},
