@@ -22,6 +22,8 @@ Departures, besides those of searchr1.py:
         the tiny world it also decays over the second half.
   [D12] No entropy bonus unless asked for; the official default is 0.001.
   [D14] With --lora-rank policy, reference and critic are one frozen base with adapters; the paper trains every weight.
+  [D17] Rejection sampling draws its five samples a question step by step, always from the frozen base model, and not
+        all of them beforehand: no file of rollouts, exact resuming; in one pass over the questions it is the same.
 
     python train.py                 last line: "... as expected.", about 3 minutes on two cores
 """
@@ -980,8 +982,8 @@ def train(config, policy, tokenizer, search, draw, train_sample, held_out, bytes
     except (RuntimeError, MemoryError) as error:
         raise ending(error, "loading", config) from None
     cache = Slots(policy, config.slots or config.batch_size * config.group_size, config.max_length)
-    # Who writes the rollouts: the policy; for rejection sampling the base model, at every step as it was. Its slots are its
-    # own: a captured decoding step knows one role.
+    # Who writes the rollouts: the policy; for rejection sampling the base model, at every step as it was [D17]. Its slots are
+    # its own: a captured decoding step knows one role.
     writer, part, writers_cache = policy, "policy", cache
     if config.algo == "rejection":
         writer, part, writers_cache = models.reference, None, Slots(models.reference, len(cache.lengths), config.max_length)
