@@ -15,7 +15,9 @@ question counts (the official loader drops the last, incomplete batch), one-hop 
 import argparse
 import csv
 import json
+import os
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -29,7 +31,10 @@ from transformers.utils import logging as transformers_logging
 import data
 import searchr1
 from retrieval import SearchFailed, build_index, engine_from
-from searchr1 import GPU_SLOTS, Slots, check_format, f1_score, outcome_reward, policy_view, retrieved_gold, rollout, sub_exact_match, transcript
+from searchr1 import (
+    GPU_SLOTS, HARMLESS, Slots, check_format, f1_score, group_advantages, kinds, outcome_reward, paint, parts, policy_view,
+    retrieved_gold, rollout, sub_exact_match, transcript,
+)  # fmt: skip
 
 transformers_logging.disable_progress_bar()
 
@@ -247,7 +252,7 @@ def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed"
 CURVES = [
     ("held-out exact match (greedy)", ["eval/em_1hop", "eval/em_2hop", "eval/em"], "share of questions"),
     ("training reward (sampled)", ["reward/mean"], "mean reward"),
-    ("searches a question (greedy, held out)", ["eval/searches_1hop", "eval/searches_2hop", "eval/searches"], "searches"),
+    ("searches (greedy, held out)", ["eval/searches_1hop", "eval/searches_2hop", "eval/searches"], "searches a question"),
     ("response length (sampled)", ["response_length/mean"], "tokens, passages included"),
     ("KL to the base model", ["kl"], "nats a token"),
     ("entropy of the policy", ["entropy"], "nats a token"),
@@ -269,42 +274,103 @@ def read_runs(paths):
     return runs
 
 
-def plot_runs(runs, path):
-    """Draw the curves of one or several runs, a colour a run, a line style a number of hops, into one PNG or PDF."""
+def groups_of(runs):
+    """{run: records} -> {key of the legend: list of records, one a run}: runs named "with mask, seed 0" and "with mask, seed 1"
+    are the group "with mask (2 seeds)"; a run of another name is a group of its own."""
+    groups = {}
+    for run, records in runs.items():
+        groups.setdefault(re.sub(r", seed \d+$", ", seeds", run), []).append(records)
+    label = lambda name, members: f"{name.removesuffix(', seeds')} ({len(members)} seed{'s' * (len(members) > 1)})"
+    return {name if name in runs else label(name, members): members for name, members in groups.items()}
+
+
+def digits(value):
+    """Six significant digits: what a CSV holds is what is drawn, so that it draws the very same picture again."""
+    return f"{value:.6g}"
+
+
+def curve(members, name):
+    """Records of one or several runs -> list of (step, mean, lowest, highest) of a metric, at the steps that all of them have."""
+    values = [{r["step"]: float(digits(r[name])) for r in records if name in r} for records in members]
+    steps = sorted(set.intersection(*map(set, values)))
+    at = [[run[step] for run in values] for step in steps]
+    return [(step, sum(here) / len(here), min(here), max(here)) for step, here in zip(steps, at)]
+
+
+HOPS = {"_1hop": "one hop", "_2hop": "two hops"}
+LOOKS = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # of the groups: a print without colours tells them apart, too
+
+
+def panels_of(groups, curves):
+    """-> list of (title, unit, {group: names of its metrics}): what is drawn where. Hops replace the mean over both kinds. One
+    group has them side by side; several would be a tangle, so that hops get panels of their own. No points, no panel."""
+    panels = []
+    for title, names, unit in curves:
+        drawn = {}
+        for group, members in groups.items():
+            present = [name for name in names if curve(members, name)]
+            drawn[group] = [name for name in present if name[-5:] in HOPS] or present
+        if len(groups) > 1:
+            for name in names:
+                having = {group: [name] for group in groups if name in drawn[group]}
+                panels += [(f"{title}, {HOPS[name[-5:]]}" if name[-5:] in HOPS else title, unit, having)] if having else []
+        elif any(drawn.values()):
+            panels.append((title, unit, drawn))
+    return panels
+
+
+def plot_runs(runs, path, curves=CURVES):
+    """Draw the curves of one or several runs into one PNG or PDF. Seeds of one setting are one line, their mean, in a band
+    from the lowest to the highest; the group's colour, line style and marker are the same in every panel.
+
+    curves: list of (title, metrics, unit), a panel each; metrics that end in _1hop and _2hop replace their mean.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for (title, names, unit), axis in zip(CURVES, axes.flat):
-        for colour, (run, records) in enumerate(runs.items()):
-            present = [name for name in names if any(name in r for r in records)]
-            if any("hop" in name for name in present):
-                present = [name for name in present if "hop" in name]
-            for style, name in zip(["-", "--"], present):
-                points = [(r["step"], r[name]) for r in records if name in r]
-                axis.plot(*zip(*points), style, color=f"C{colour}", marker="." if name.startswith("eval") else None)
-        axis.set(title=title, xlabel="step", ylabel=unit)
+    groups = groups_of(runs)
+    panels = panels_of(groups, curves)
+    if not panels:
+        raise Mistake("these runs have no point of any curve; there is nothing to draw")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained", squeeze=False)
+    looks = {group: (f"C{i % 10}", *LOOKS[i % len(LOOKS)]) for i, group in enumerate(groups)}
+    for (title, unit, drawn), axis in zip(panels, axes.flat):
+        for group, names in drawn.items():
+            colour, line, marker = looks[group]
+            for style, name in zip([line, "--"], names):
+                steps, means, lows, highs = zip(*curve(groups[group], name))
+                every = max(1, len(steps) // 8)  # a marker now and then; at the points themselves where they are few
+                axis.plot(steps, means, style, color=colour, marker=marker, markersize=4, markevery=every)
+                if len(groups[group]) > 1:
+                    axis.fill_between(steps, lows, highs, color=colour, alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel="training step", ylabel=unit)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    keys = [Line2D([], [], color=f"C{colour}", label=run) for colour, run in enumerate(runs)]
-    if any("eval/em_1hop" in r for records in runs.values() for r in records):
-        keys += [Line2D([], [], color="0.3", linestyle=style, label=label) for style, label in (("-", "one hop"), ("--", "two hops"))]
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    keys = []
+    for group, (colour, line, marker) in looks.items():
+        keys.append(Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=4, label=group))
+    if any(len(names) > 1 for _, _, drawn in panels for names in drawn.values()):
+        keys += [Line2D([], [], color="0.3", linestyle=style, label=label) for style, label in zip(("-", "--"), HOPS.values())]
+    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 4))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def write_points(runs, path):
+def write_points(runs, path, curves=CURVES):
     """The points of plot_runs as CSV: run, step, metric, value. --plot draws such a file again."""
-    names = [name for _, group, _ in CURVES for name in group]
+    names = [name for _, group, _ in curves for name in group]
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["run", "step", "metric", "value"])
         rows.writerows(
-            [run, r["step"], name, f"{r[name]:.6g}"]
+            [run, r["step"], name, digits(r[name])]
             for run, records in runs.items()
             for r in records
             for name in names
@@ -314,12 +380,57 @@ def write_points(runs, path):
 
 # ----- 5. One conversation -----
 
+UNSETTLED = re.compile(r"(<[a-z]{0,6}|\ufffd+)\Z")  # an end that may become a tag, or a character of which bytes are missing
 
-def ask(policy, tokenizer, question, search, settings):
-    """Print the conversation about one question: retrieved text dimmed (it is masked out of the loss), tags coloured."""
-    _, (r,) = evaluate(policy, tokenizer, [data.Question("ask", question, ("",))], search, settings)
-    print(transcript(r, tokenizer, colour=sys.stdout.isatty()))
-    print(f"\n{r.num_searches} searches, answer: {r.answer!r}")
+
+def live(tokenizer, colour):
+    """-> show(rollout), which prints what is new in it: for rollout()'s `watch`, and once with over=True when it has ended.
+
+    All that it prints is transcript(), in colours if wanted, control characters made visible.
+    """
+    done, shown = 0, 0  # parts that stand on the screen in full; characters of the next one
+
+    def show(r, over=False):
+        nonlocal done, shown
+        pieces = parts(r, tokenizer)
+        for i in range(done, len(pieces)):
+            text, own, _ = pieces[i]
+            growing = i == len(pieces) - 1 and not over
+            text = (UNSETTLED.sub("", text) if growing else text).translate(HARMLESS)
+            print(paint(text, own, shown) if colour else text[shown:], end="", flush=True)
+            done, shown = (i, max(shown, len(text))) if growing else (i + 1, 0)
+
+    return show
+
+
+def ask(policy, tokenizer, question, search, settings, temperature=0.0, generator=None, cache=None):
+    """Hold a conversation about one question and print it while it is held, then how many searches it took."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    show = live(tokenizer, colour)
+    settings = settings | {"invalid_message": INVALID_MESSAGES[settings["invalid_message"]]}
+    try:
+        (r,) = rollout(
+            policy, tokenizer, [question], search, temperature=temperature, generator=generator, cache=cache, watch=show, **settings
+        )
+        show(r, over=True)
+    finally:
+        print()
+    summary = f"{r.num_searches} search{'es' * (r.num_searches != 1)}, answer: {r.answer!r}"
+    print(f"\033[2m{summary}\033[0m" if colour else summary)
+
+
+def chat(policy, tokenizer, search, settings, temperature=0.0, generator=None):
+    """Ask for questions until an empty line, "exit", Ctrl-D or Ctrl-C. Each is a conversation of its own: the method has no
+    history, a question that says "he" is about nobody."""
+    cache = Slots(policy, 1, settings["max_length"])
+    try:
+        while (question := input("question> ").strip()) not in ("", "exit"):
+            try:
+                ask(policy, tokenizer, question, search, settings, temperature, generator, cache)
+            except ValueError as error:  # a question too long for max_length is no reason to load the model again
+                print(error)
+    except (EOFError, KeyboardInterrupt):
+        print()
 
 
 def main(argv=None):
@@ -341,7 +452,12 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, default=0, help="a fixed sample of N questions (default: all)")
     parser.add_argument("--top-k", type=int, help="passages a search (default: as trained)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--ask", metavar="QUESTION", help="print one conversation instead")
+    parser.add_argument("--ask", metavar="QUESTION", help="hold one conversation and watch it, instead")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="ask for questions, a conversation each, without memory of the last; ends with an empty line, exit or Ctrl-D",
+    )
     parser.add_argument("--json", help="write metrics and one record a question to this file")
     parser.add_argument(
         "--plot",
@@ -355,6 +471,11 @@ def main(argv=None):
         help="the picture that --plot writes, with its points as CSV beside it (default: curves.png)",
     )
     args = parser.parse_args(argv)
+    wanted = [f"--{name}" for name in ("plot", "ask", "chat", "html", "json") if getattr(args, name, None) not in (None, False)]
+    if len(wanted) > 1:
+        raise Mistake(f"{' and '.join(wanted)} are different things to do; give one of them")
+    if args.ask is not None and not args.ask.strip():
+        raise Mistake("--ask wants a question")
     if args.plot:
         runs, points = read_runs(args.plot), Path(args.output).with_suffix(".csv")
         plot_runs(runs, args.output)
@@ -371,18 +492,22 @@ def main(argv=None):
     policy, tokenizer = load_checkpoint(args.checkpoint, *(("cuda", "auto") if on_gpu else ()))
     saved = load_settings(args.checkpoint, args.corpus, args.top_k)
     settings = {name: saved[name] for name in SETTINGS}
+    talking = args.ask or args.chat
     corpus, file = (args.corpus or saved["corpus"], args.data) if args.world_seed is None else (None, None)
-    if corpus and not (file or args.ask):
+    if corpus and not (file or talking):
         raise Mistake(f"this checkpoint searches {corpus}; give --data FILE or the name of a set, the questions to evaluate")
     if file and not corpus:
         raise Mistake("--data needs --corpus FILE (or contexts, wiki18, ...), the passages to search")
     world_seed = saved["world_seed"] if args.world_seed is None else args.world_seed
     questions, engine, _ = task(world_seed, corpus, file, encoder=args.encoder or saved.get("encoder", "hashed"))
+    generator = torch.Generator(policy.device).manual_seed(0)
     if args.ask:
-        ask(policy, tokenizer, args.ask, engine.search, settings)
+        ask(policy, tokenizer, args.ask, engine.search, settings, args.temperature, generator)
+        return 0
+    if args.chat:
+        chat(policy, tokenizer, engine.search, settings, args.temperature, generator)
         return 0
     questions = fixed_sample(questions, args.limit)
-    generator = torch.Generator(policy.device).manual_seed(0)
     metrics, rollouts = evaluate(policy, tokenizer, questions, engine.search, settings, args.temperature, generator, progress=True)
     where = file or f"tiny world {world_seed}, held out"
     print(f"{len(questions)} questions ({where}), {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}")
