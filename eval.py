@@ -88,7 +88,9 @@ def f1(r, q):
     return f1_score(r.answer or "", q.golden_answers)
 
 
-def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, generator=None, batch_size=256, progress=False, cache=None):
+def evaluate(
+    policy, tokenizer, questions, search, settings, temperature=0.0, generator=None, batch_size=256, progress=False, cache=None
+):
     """Answer every question once -> (metrics, rollouts in the order of the questions).
 
     metrics: em, f1, sub_em (means over all questions), hit (share for which a gold answer was among the passages shown),
@@ -103,7 +105,14 @@ def evaluate(policy, tokenizer, questions, search, settings, temperature=0.0, ge
     for at in bar:
         part = questions[at : at + batch_size]
         rollouts += rollout(
-            policy, tokenizer, [q.question for q in part], search, temperature=temperature, generator=generator, cache=cache, **settings
+            policy,
+            tokenizer,
+            [q.question for q in part],
+            search,
+            temperature=temperature,
+            generator=generator,
+            cache=cache,
+            **settings,
         )
         right += sum(map(em, rollouts[at:], part))
         bar.set_postfix_str(f"EM {right / len(rollouts):.3f}")
@@ -370,11 +379,7 @@ def write_points(runs, path, curves=CURVES):
         rows = csv.writer(file)
         rows.writerow(["run", "step", "metric", "value"])
         rows.writerows(
-            [run, r["step"], name, digits(r[name])]
-            for run, records in runs.items()
-            for r in records
-            for name in names
-            if name in r
+            [run, r["step"], name, digits(r[name])] for run, records in runs.items() for r in records for name in names if name in r
         )
 
 
@@ -519,7 +524,9 @@ def main(argv=None):
             {"id": q.id, "question": q.question, "golden_answers": q.golden_answers, "answer": r.answer, "em": em(r, q),
              "searches": r.searches, "transcript": transcript(r, tokenizer)} for q, r in zip(questions, rollouts)
         ]  # fmt: skip
-        Path(args.json).write_text(json.dumps({"metrics": metrics, "intervals": intervals, "settings": saved, "records": records}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"metrics": metrics, "intervals": intervals, "settings": saved, "records": records}, indent=1) + "\n"
+        )
     return 0
 
 

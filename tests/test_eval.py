@@ -320,23 +320,26 @@ def short_prompt(monkeypatch):
     monkeypatch.setattr(searchr1, "TEMPLATE", "{question}\n")
 
 
-@pytest.fixture()
-def terminal(monkeypatch, capsys):
-    """stdout says that it is a terminal; NO_COLOR is not set."""
+def on_terminal(monkeypatch):
+    """From here on stdout says that it is a terminal and keeps what is written, piece by piece; NO_COLOR is not set."""
+
+    class Terminal(list):
+        write, flush, isatty = list.append, lambda self: None, lambda self: True
+
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    return capsys
+    monkeypatch.setattr("sys.stdout", Terminal())
+    return sys.stdout
 
 
 @pytest.mark.parametrize("turns", [TURNS, ["\xff then é".replace("\xff", "\ufffd"), "", "<answer>a</answer>"], ["é" * 150]])
-def test_what_is_printed_live_is_the_transcript(short_prompt, terminal, turns):
+def test_what_is_printed_live_is_the_transcript(short_prompt, monkeypatch, turns):
     """Claim: with characters of several tokens, unclosed tags, silent turns, a turn cut within a character: what is
     printed is transcript(), up to colours and control characters made visible; what is retrieved is dimmed whole.
     Fails if: `over=True` is not asked for at the end, or UNSETTLED does not hold back \\ufffd.
     """
-    conversation = converse(turns, max_new_tokens=101)
+    terminal, conversation = on_terminal(monkeypatch), converse(turns, max_new_tokens=101)
     evaluation.ask(*conversation)
-    printed = terminal.readouterr().out
+    printed = "".join(terminal)
     r = scripted_rollout(*conversation)
     want = searchr1.transcript(r, conversation[1])
     assert ANSI.sub("", printed).rsplit("\n", 2)[0] == want.translate(searchr1.HARMLESS)
@@ -345,27 +348,34 @@ def test_what_is_printed_live_is_the_transcript(short_prompt, terminal, turns):
     assert f"{r.num_searches} search" in printed.splitlines()[-1]
 
 
-def test_tokens_appear_as_they_are_sampled(short_prompt, terminal, monkeypatch):
+def test_tokens_appear_as_they_are_sampled(short_prompt, monkeypatch):
     """Claim: after each token all that is certain stands on the screen: text at once; a character of three bytes with its third;
     an opening tag when it is complete, in its colour.
     Fails if: watch=show is dropped from ask(), or `<[a-z]{0,6}` from UNSETTLED.
     """
-    seen, write = [], sys.stdout.write
-    monkeypatch.setattr("sys.stdout.write", lambda text: (seen.append(text), write(text))[1])
-    evaluation.ask(*converse(["ab日 <b<answer>c</answer>"]))
-    printed = [ANSI.sub("", text) for text in seen]
-    assert printed[:9] == ["a", "b", "", "", "日", " ", "", "", "<b"] or printed[:5] == ["a", "b", "", "", "日"]
-    assert "\033[32m<answer>\033[0m" in seen and "\033[32mc\033[0m" in seen
+    policy, tokenizer, question, search, settings = converse(["ab日 <b<answer>c</answer>"])
+    terminal, stands, watched = on_terminal(monkeypatch), [], evaluation.live
+
+    def live(tokenizer, colour):
+        show = watched(tokenizer, colour)
+        return lambda r, over=False: (show(r, over), stands.append("".join(terminal)))
+
+    monkeypatch.setattr(evaluation, "live", live)
+    evaluation.ask(policy, tokenizer, question, search, settings)
+    plain = [ANSI.sub("", text) for text in stands]
+    assert plain[:9] == ["a", "ab", "ab", "ab", "ab日", "ab日 ", "ab日 ", "ab日 ", "ab日 <b"]
+    assert plain[9:15] == ["ab日 <b"] * 6 and stands[15].endswith("<b\033[32m<answer>\033[0m")
+    assert stands[16].endswith("\033[32mc\033[0m")
 
 
-def test_a_retrieved_text_cannot_command_the_terminal(short_prompt, terminal):
+def test_a_retrieved_text_cannot_command_the_terminal(short_prompt, monkeypatch):
     """Claim: no escape sequence, carriage return, C1 code or direction mark of a passage reaches the terminal, nor of the policy;
     tags within a passage are not coloured.
     Fails if: `.translate(HARMLESS)` is dropped from live(), or kinds() looks for tags in parts that are masked out.
     """
-    conversation = converse(["\x1b]0;title\x07<search>a</search>", "<answer>b</answer>"])
+    terminal, conversation = on_terminal(monkeypatch), converse(["\x1b]0;title\x07<search>a</search>", "<answer>b</answer>"])
     evaluation.ask(*conversation)
-    printed = terminal.readouterr().out
+    printed = "".join(terminal)
     shown = searchr1.transcript(scripted_rollout(*conversation), conversation[1], colour=True)
     for text in (printed, shown):
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", ANSI.sub("", text))
@@ -383,14 +393,17 @@ def test_colours_are_for_terminals(short_prompt, monkeypatch, capsys, isatty, no
     assert ("\033[" in capsys.readouterr().out) is coloured
 
 
-def test_words_are_spaced_as_they_are_printed(tokenizer, model, engine, terminal):
+def test_words_are_spaced_as_they_are_printed(tokenizer, model, engine, monkeypatch):
     """Claim: with a tokenizer of words, whose decoder sets the spaces, the live text is the transcript, too.
     Fails if: live() prints tokenizer.decode of the last token alone.
     """
+    terminal = on_terminal(monkeypatch)
     evaluation.ask(model, tokenizer, "who is kinake?", engine.search, data.TINY_SETTINGS)
-    (r,) = evaluation.evaluate(model, tokenizer, [data.Question("0", "who is kinake?", ("x",))], engine.search, data.TINY_SETTINGS)[1]
+    (r,) = evaluation.evaluate(model, tokenizer, [data.Question("0", "who is kinake?", ("x",))], engine.search, data.TINY_SETTINGS)[
+        1
+    ]
     assert len(r.turns) > 1
-    assert ANSI.sub("", terminal.readouterr().out).rsplit("\n", 2)[0] == searchr1.transcript(r, tokenizer)
+    assert ANSI.sub("", "".join(terminal)).rsplit("\n", 2)[0] == searchr1.transcript(r, tokenizer)
 
 
 @pytest.mark.parametrize("end", ["", "exit", EOFError, KeyboardInterrupt])
@@ -416,7 +429,7 @@ def test_a_chat_ends_as_asked_and_remembers_nothing(short_prompt, monkeypatch, c
     assert printed.count("<answer>b</answer>\n0 searches, answer: 'b'") == 2 and printed.count("raise --max-length") == 1
 
 
-def test_a_search_engine_that_fails_leaves_one_line(checkpoint, monkeypatch, capsys):
+def test_a_search_engine_that_fails_leaves_one_line(short_prompt, checkpoint, monkeypatch, capsys):
     """Claim: --ask with an engine that is gone prints what was said so far, one line of error, and exits with code 2.
     Fails if: ask() catches SearchFailed.
     """
@@ -424,8 +437,10 @@ def test_a_search_engine_that_fails_leaves_one_line(checkpoint, monkeypatch, cap
     def gone(queries, top_k):
         raise SearchFailed("no answer from the engine")
 
+    Path("ck/search_r1.json").write_text(json.dumps(SETTINGS | {"world_seed": 0, "corpus": None}))
     monkeypatch.setattr(evaluation, "task", lambda *a, **k: ([], type("Engine", (), {"search": staticmethod(gone)}), None))
     monkeypatch.setattr(evaluation, "load_checkpoint", lambda *a, **k: converse(["<search>a</search>"], question="who?")[:2])
+    monkeypatch.setattr(searchr1.ScriptedPolicy, "device", "cpu", raising=False)
     with pytest.raises(SystemExit) as stopped:
         evaluation.run_main(lambda: evaluation.main(["--checkpoint", "ck", "--ask", "who?"]))
     captured = capsys.readouterr()
