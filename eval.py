@@ -5,16 +5,21 @@ question counts (the official loader drops the last, incomplete batch), one-hop 
 
     evaluate                 rollouts over a list of questions -> exact match, F1, searches, ...
     read_runs, plot_runs     metrics.jsonl of one or several runs -> one picture
-    ask                      one conversation, in colour
+    ask, chat                a conversation, in colour, while it is held
+    page                     conversations before and after training, their masks, probabilities and advantages, as HTML
 
     python eval.py --checkpoint outputs/run-1/checkpoint-100                 all held-out questions of its world
     python eval.py --checkpoint outputs/run-1/checkpoint-100 --ask "who is the mayor of bodaton?"
+    python eval.py --checkpoint outputs/run-1/checkpoint-100 --html page.html
     python eval.py --plot outputs/run-1 outputs/run-2
 """
 
 import argparse
 import csv
+import html
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -438,6 +443,187 @@ def chat(policy, tokenizer, search, settings, temperature=0.0, generator=None):
         print()
 
 
+# ----- 6. A page: before and after -----
+
+PAGE_QUESTIONS, PAGE_GROUP = 6, 5  # questions if --limit says nothing, at most 24; rollouts a group
+CERTAIN = (0.95, 0.7, 0.4, 0.15)  # probabilities between the five shades
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --card: #f7f7f5; --line: #d4d4d0; --dim: #6f6f6f;
+  --think: #005f78; --search: #6d4f00; --answer: #0b6425; --rare: 255 122 0; --plus: 0 160 70; --minus: 220 50 50; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e2; --paper: #131417; --card: #1c1e22; --line: #3a3d43; --dim: #9498a0;
+  --think: #6accdf; --search: #e8c765; --answer: #7bd899; --rare: 255 110 0; --plus: 0 190 90; --minus: 240 60 60; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 78rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+h1 { font-size: 1.5rem; margin: .3rem 0; } h2 { font-size: 1.1rem; margin: 0; } h3 { font-size: .95rem; margin: 0; }
+p { margin: .3rem 0; } .note, .head, .legend, summary { font-size: .875rem; } .note { color: var(--dim); }
+section { border-top: 1px solid var(--line); margin-top: 1.6rem; padding-top: .8rem; }
+.pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; margin-top: .6rem; }
+.side, .legend { background: var(--card); border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; }
+.legend p { margin: .15rem 0; } .head { display: flex; flex-wrap: wrap; gap: .1rem .9rem; align-items: baseline; }
+.talk { font: .875rem/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; }
+.think { color: var(--think); } .search { color: var(--search); } .answer { color: var(--answer); font-weight: 600; }
+.information { color: var(--dim); font-style: italic; }
+.u1, .u2, .u3, .u4, .own { border-radius: .15rem; box-decoration-break: clone; -webkit-box-decoration-break: clone; }
+.u1 { background: rgb(var(--rare) / .14); } .u2 { background: rgb(var(--rare) / .28); } .u3 { background: rgb(var(--rare) / .42); }
+.u4 { background: rgb(var(--rare) / .58); text-decoration: underline; }
+details { margin-top: .6rem; border-top: 1px dashed var(--line); padding-top: .4rem; } summary { cursor: pointer; }
+.sample { margin-top: .6rem; padding-left: .6rem; border-left: .25rem solid var(--line); }
+.plus { border-left-color: rgb(var(--plus)); } .plus .own { background: rgb(var(--plus) / var(--much)); }
+.minus { border-left: .25rem dashed rgb(var(--minus)); } .minus .own { background: rgb(var(--minus) / var(--much)); }
+@media (max-width: 48rem) { .pair { grid-template-columns: minmax(0, 1fr); } body { padding: .6rem; } }
+@media print { .sample, .legend, h2, .head { break-inside: avoid; } details::details-content { content-visibility: visible; height: auto; } }
+"""
+
+
+def tokens_of(text, ids, tokenizer):
+    """Text of a part and its ids -> one str a token, which together are the text. A character of several tokens is the last one's."""
+    gap = len(text) - len(tokenizer.decode(ids))  # the space that parts() put before it
+    ends = [gap + len(tokenizer.decode(ids[:i]).rstrip("\ufffd")) for i in range(1, len(ids))]
+    ends = [0, *itertools.accumulate((min(end, len(text)) for end in ends), max), len(text)]
+    return [text[start:end] for start, end in zip(ends, ends[1:])]
+
+
+def talk_html(r, tokenizer, shade):
+    """A rollout -> HTML of its transcript: tags in colour, retrieved text dimmed; a token's title says its probability.
+
+    shade: the policy's tokens by how unlikely they were; else its parts are boxes of the class "own", for a shade of the whole.
+    """
+    out = []
+    for text, own, at in parts(r, tokenizer):
+        text = text.translate(HARMLESS)
+        if not own:
+            out.append(f'<span class="information">{html.escape(text)}</span>')
+            continue
+        names, pieces, end = kinds(text, own), [], 0
+        for token, logprob in zip(tokens_of(text, r.ids[at.start : at.stop], tokenizer), r.logprobs[at.start : at.stop]):
+            end += len(token)
+            word = token.lstrip() or token  # white space before a word is left without its shade
+            if word:
+                unlikely = sum(math.exp(logprob) < bound for bound in CERTAIN) if shade else 0
+                title = html.escape(f"{word.strip() or repr(word)}  p {math.exp(logprob):.2g}")
+                pieces.append(token[: len(token) - len(word)])
+                pieces.append(f'<span class="{names[end - len(word)]} u{unlikely}" title="{title}">{html.escape(word)}</span>')
+        out.append("".join(pieces) if shade else f'{pieces[0]}<span class="own">{"".join(pieces[1:])}</span>')
+    return f'<div class="talk">{"".join(out)}</div>'
+
+
+def facts_html(r, reward):
+    answer = "no answer" if r.answer is None else html.escape(f"answer: {r.answer}".translate(HARMLESS))
+    searches = f"{r.num_searches} search{'es' * (r.num_searches != 1)}"
+    return f"<span>reward {reward:g}</span> <span>{searches}</span> <span>{answer}</span>"
+
+
+def side_html(name, tokenizer, question, greedy, group):
+    """One question on one side: the greedy rollout, and below it, folded, a group with the advantages it would be trained by."""
+    rewards = [em(r, question) for r in group]
+    samples = []
+    for r, reward, advantage in zip(group, rewards, group_advantages(torch.tensor(rewards), len(group)).tolist()):
+        sign = "plus" if advantage > 0 else "minus" if advantage < 0 else "none"
+        samples.append(
+            f'<div class="sample {sign}" style="--much: {min(0.5, abs(advantage) / 4):.2f}"><div class="head"><span>advantage '
+            f"{f'{advantage:+.2f}' if advantage else 0}</span> {facts_html(r, reward)}</div>{talk_html(r, tokenizer, shade=False)}</div>"
+        )
+    spread = "" if len(set(rewards)) > 1 else "; all rewards are equal: advantage 0, nothing to learn from this group"
+    return (
+        f'<div class="side"><div class="head"><h3>{name}</h3> {facts_html(greedy, em(greedy, question))}</div>'
+        f"{talk_html(greedy, tokenizer, shade=True)}<details><summary>{len(group)} sampled rollouts: rewards "
+        f"{', '.join(f'{reward:g}' for reward in rewards)}{spread}</summary>{''.join(samples)}</details></div>"
+    )
+
+
+def page(questions, sides, about):
+    """Questions; sides: two of (name of the checkpoint, tokenizer, a greedy rollout a question, a group a question); lines about
+    the settings -> one HTML page that needs nothing else. The same rollouts give the same bytes."""
+    escape, means = html.escape, []
+    for (name, _, greedy, _), when in zip(sides, ("before", "after")):
+        reward = sum(map(em, greedy, questions)) / len(questions)
+        searches = sum(r.num_searches for r in greedy) / len(questions)
+        means.append(
+            f"<p><b>{when}</b>: {escape(name)} \u2014 on these questions, greedy: reward {reward:.2f}, {searches:.2f} searches</p>"
+        )
+    sections = []
+    for i, q in enumerate(questions):
+        asked, gold = (escape(text.translate(HARMLESS)) for text in (q.question, " or ".join(q.golden_answers)))
+        hops = {1: "one hop; ", 2: "two hops; "}.get(q.hops, "")
+        columns = [
+            side_html(when, tokenizer, q, greedy[i], groups[i])
+            for (_, tokenizer, greedy, groups), when in zip(sides, ("before", "after"))
+        ]
+        sections.append(
+            f'<section><h2>{i + 1}. {asked}</h2><p class="note">{hops}right answer: {gold}</p><div class="pair">{"".join(columns)}</div></section>'
+        )
+    bounds = [1.0, *CERTAIN, 0.0]
+    shades = " ".join(
+        f'<span class="u{i}">{f"below {high:.0%}" if i == len(CERTAIN) else f"{high:.0%} to {low:.0%}"}</span>'
+        for i, (high, low) in enumerate(zip(bounds, bounds[1:]))
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Before and after: {escape(sides[-1][0])}</title><style>{STYLE}</style></head><body>
+<h1>A policy before and after training</h1>
+{"".join(means)}
+{"".join(f'<p class="note">{escape(line)}</p>' for line in about)}
+<div class="legend">
+<p><span class="think">&lt;think&gt;</span>, <span class="search">&lt;search&gt;</span>, <span class="answer">&lt;answer&gt;</span>:
+what the policy wrote. Mask 1: it is trained.</p>
+<p><span class="information">&lt;information&gt;, and what the environment says of an invalid turn</span>: mask 0, never trained, and so never shaded.</p>
+<p>Greedy rollouts, how likely the policy held the token it chose: {shades}. Point at a token for its probability.</p>
+<p>Reward: exact match. Groups are sampled at temperature 1; GRPO would train all tokens of a rollout by one advantage, (reward \u2212 mean) /
+standard deviation of its group:
+<span class="plus" style="--much: .4"><span class="own">more of this</span></span>,
+<span class="minus" style="--much: .4; border: 0"><span class="own">less of this</span></span>; where all rewards are equal there is none.</p>
+</div>
+{"".join(sections)}
+</body></html>
+"""
+
+
+def page_sides(checkpoints, questions, search, settings):
+    """[(name, policy, tokenizer), ...] -> what page() takes: greedy rollouts and groups at temperature 1, seed 0."""
+    settings = settings | {"invalid_message": INVALID_MESSAGES[settings["invalid_message"]]}
+    asked, sides = [q.question for q in questions], []
+    for name, policy, tokenizer in checkpoints:
+        generator = torch.Generator(policy.device).manual_seed(0)
+        greedy = rollout(policy, tokenizer, asked, search, temperature=0, **settings)
+        sampled = rollout(policy, tokenizer, asked, search, PAGE_GROUP, temperature=1, generator=generator, **settings)
+        groups = [sampled[at : at + PAGE_GROUP] for at in range(0, len(sampled), PAGE_GROUP)]
+        sides.append((name, tokenizer, greedy, groups))
+    return sides
+
+
+def write_whole(path, text):
+    """Write a file whole or not at all. Mistake if it cannot be written."""
+    unfinished = Path(f"{path}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise Mistake(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def before_of(args):
+    """Folder or hub id of the checkpoint that --html shows before training. Mistake, before any work, if there is none, or the
+    page could not be written."""
+    if not Path(args.html).parent.is_dir() or Path(args.html).is_dir():
+        raise Mistake(f"cannot write {args.html}: {'a folder' if Path(args.html).is_dir() else 'no such folder'}")
+    if args.limit > 24:
+        raise Mistake(f"--limit {args.limit}: --html shows at most 24 questions")
+    if args.temperature:
+        raise Mistake("--html shows greedy rollouts and groups at temperature 1; leave --temperature out")
+    before = args.before or load_settings(args.checkpoint, "").get("base")
+    if not before or not (args.before or Path(before).is_dir()):
+        raise Mistake(
+            f"{args.checkpoint} does not say what it was trained from{f' ({before} is gone)' if before else ''}; give --before DIR"
+        )
+    if args.before and not Path(before).exists():
+        reach_hub(before)
+    return before
+
+
 def main(argv=None):
     parser = Parser(description="Evaluate a checkpoint of Search-R1, talk to it, or draw the curves of runs.")
     parser.add_argument("--checkpoint", help="folder of a checkpoint (or a hub id)")
@@ -463,6 +649,12 @@ def main(argv=None):
         action="store_true",
         help="ask for questions, a conversation each, without memory of the last; ends with an empty line, exit or Ctrl-D",
     )
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a page of conversations before and after training (6 questions; --limit up to 24)"
+    )
+    parser.add_argument(
+        "--before", metavar="DIR", help="of --html: the checkpoint before training (default: what --checkpoint was trained from)"
+    )
     parser.add_argument("--json", help="write metrics and one record a question to this file")
     parser.add_argument(
         "--plot",
@@ -476,9 +668,11 @@ def main(argv=None):
         help="the picture that --plot writes, with its points as CSV beside it (default: curves.png)",
     )
     args = parser.parse_args(argv)
-    wanted = [f"--{name}" for name in ("plot", "ask", "chat", "html", "json") if getattr(args, name, None) not in (None, False)]
+    wanted = [f"--{name}" for name in ("plot", "ask", "chat", "html", "json") if getattr(args, name) not in (None, False)]
     if len(wanted) > 1:
         raise Mistake(f"{' and '.join(wanted)} are different things to do; give one of them")
+    if args.before and not args.html:
+        raise Mistake("--before says what --html compares with; give --html FILE, too")
     if args.ask is not None and not args.ask.strip():
         raise Mistake("--ask wants a question")
     if args.plot:
@@ -493,8 +687,10 @@ def main(argv=None):
         raise Mistake("--temperature and --limit cannot be negative")
     if args.top_k is not None and args.top_k < 1:
         raise Mistake(f"--top-k {args.top_k}: must be at least 1")
+    before = before_of(args) if args.html is not None else None
     on_gpu = torch.cuda.is_available()  # there in the checkpoint's own precision; a CPU is slow in bf16
     policy, tokenizer = load_checkpoint(args.checkpoint, *(("cuda", "auto") if on_gpu else ()))
+    base = load_checkpoint(before, *(("cuda", "auto") if on_gpu else ())) if before else None
     saved = load_settings(args.checkpoint, args.corpus, args.top_k)
     settings = {name: saved[name] for name in SETTINGS}
     talking = args.ask or args.chat
@@ -512,7 +708,20 @@ def main(argv=None):
     if args.chat:
         chat(policy, tokenizer, engine.search, settings, args.temperature, generator)
         return 0
-    questions = fixed_sample(questions, args.limit)
+    questions = fixed_sample(questions, args.limit or (PAGE_QUESTIONS if args.html else 0))
+    if args.html:
+        short = lambda path: "/".join(Path(path).parts[-2:])
+        sides = page_sides(
+            [(short(before), *base), (short(args.checkpoint), policy, tokenizer)], questions, engine.search, settings
+        )
+        source = f"{file}, searching {corpus}" if file else f"tiny world {world_seed}, held out"
+        about = [
+            f"Questions: {len(questions)} of {source}.",
+            "Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + "; sampled with seed 0.",
+        ]
+        write_whole(args.html, page(questions, sides, about))
+        print(f"wrote {args.html}")
+        return 0
     metrics, rollouts = evaluate(policy, tokenizer, questions, engine.search, settings, args.temperature, generator, progress=True)
     where = file or f"tiny world {world_seed}, held out"
     print(f"{len(questions)} questions ({where}), {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}")
