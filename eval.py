@@ -471,8 +471,8 @@ details { margin-top: .6rem; border-top: 1px dashed var(--line); padding-top: .4
 .sample { margin-top: .6rem; padding-left: .6rem; border-left: .25rem solid var(--line); }
 .plus { border-left-color: rgb(var(--plus)); } .plus .own { background: rgb(var(--plus) / var(--much)); }
 .minus { border-left: .25rem dashed rgb(var(--minus)); } .minus .own { background: rgb(var(--minus) / var(--much)); }
-@media (max-width: 48rem) { .pair { grid-template-columns: minmax(0, 1fr); } body { padding: .6rem; } }
-@media print { .sample, .legend, h2, .head { break-inside: avoid; } details::details-content { content-visibility: visible; height: auto; } }
+@media screen and (max-width: 48rem) { .pair { grid-template-columns: minmax(0, 1fr); } body { padding: .6rem; } }
+@media print { body { font-size: 11px; max-width: none; } .talk { font-size: 9px; } .sample, .legend, h2, .head { break-inside: avoid; } details::details-content { content-visibility: visible; height: auto; } }
 """
 
 
@@ -492,7 +492,7 @@ def talk_html(r, tokenizer, shade):
     out = []
     for text, own, at in parts(r, tokenizer):
         text = text.translate(HARMLESS)
-        if not own:
+        if not own or not text:
             out.append(f'<span class="information">{html.escape(text)}</span>')
             continue
         names, pieces, end = kinds(text, own), [], 0
@@ -501,9 +501,9 @@ def talk_html(r, tokenizer, shade):
             word = token.lstrip() or token  # white space before a word is left without its shade
             if word:
                 unlikely = sum(math.exp(logprob) < bound for bound in CERTAIN) if shade else 0
+                look = f"{names[end - len(word)]} u{unlikely}".strip()
                 title = html.escape(f"{word.strip() or repr(word)}  p {math.exp(logprob):.2g}")
-                pieces.append(token[: len(token) - len(word)])
-                pieces.append(f'<span class="{names[end - len(word)]} u{unlikely}" title="{title}">{html.escape(word)}</span>')
+                pieces += [token[: len(token) - len(word)], f'<span class="{look}" title="{title}">{html.escape(word)}</span>']
         out.append("".join(pieces) if shade else f'{pieces[0]}<span class="own">{"".join(pieces[1:])}</span>')
     return f'<div class="talk">{"".join(out)}</div>'
 

@@ -1,5 +1,7 @@
 """Claims about eval.py."""
 
+import html
+import html.parser
 import json
 import math
 import re
@@ -446,3 +448,182 @@ def test_a_search_engine_that_fails_leaves_one_line(short_prompt, checkpoint, mo
     captured = capsys.readouterr()
     assert stopped.value.code == 2 and captured.out.startswith("<search>") and captured.err.endswith("no answer from the engine\n")
     assert captured.err.count("\n") == 1
+
+
+# ----- A page -----
+
+
+class Reader(html.parser.HTMLParser):
+    """Reads a page: its tags, and each piece of text with the classes around it and the title of its element."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.around, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag != "meta":  # it has no end
+            self.around.append(dict(attributes))
+
+    def handle_endtag(self, tag):
+        self.around.pop()
+
+    def handle_data(self, text):
+        if self.around:
+            self.texts.append((text, " ".join(a["class"] for a in self.around if a.get("class")), self.around[-1].get("title")))
+
+    def text(self, name):
+        """All text within elements of the class `name`."""
+        return "".join(text for text, classes, _ in self.texts if name in classes.split())
+
+
+def made_of(conversation, gold, samples=None):
+    """page() over one scripted question; the group of five repeats the greedy rollout, or is `samples` (rollouts)."""
+    r = scripted_rollout(*conversation)
+    question = data.Question("0", conversation[2], (gold,), ("a", "b"))
+    sides = [(name, conversation[1], [r], [samples or [r] * 5]) for name in ("<before>", "after")]
+    return evaluation.page([question], sides, ["settings: x < y"]), r
+
+
+def test_a_page_shows_the_transcripts_and_runs_nothing(short_prompt):
+    """Claim: tags and quotes in question, gold answer, passage, turn and answer are text: the page's elements are its own, it has no
+    script, no link, and forbids both; what it shows is the transcript, the retrieved part dimmed and without any shade.
+    Fails if: html.escape is dropped anywhere, or `if not own` in talk_html is `if False`.
+    """
+    turns = ["<think><img src=x onerror=alert(1)></think><search>\"é'</search>", "<answer><script>1</script></answer>"]
+    conversation = converse(turns, question="<script>'q\"</script>?")
+    text, r = made_of(conversation, "<b>gold</b>")
+    read = Reader(text)
+    assert set(read.tags) <= set("html head meta title style body h1 h2 h3 p b div section span details summary".split())
+    assert "default-src 'none'" in text and not re.search(
+        r"(src|href)=|url\(|@import", re.sub("<img src=x", "", html.unescape(text))
+    )
+    want = searchr1.transcript(r, conversation[1]).translate(searchr1.HARMLESS)
+    assert read.text("talk") == want * 12 and want.count("<script>") == 2  # two sides: greedy and five
+    assert read.text("information").count(want[want.index("\n\n<info") : want.rindex("<answer>")]) == 12
+    assert not [classes for piece, classes, title in read.texts if "information" in classes.split() and (" u" in classes or title)]
+    pieces = [piece for piece, _, _ in read.texts]
+    assert "1. <script>'q\"</script>?" in pieces and "one hop; right answer: <b>gold</b>" in pieces and "settings: x < y" in pieces
+
+
+def test_tokens_are_shaded_by_how_unlikely_they_were():
+    """Claim: five probabilities, five shades by hand, the title says token and probability; a character of three tokens is one
+    span; the retrieved token has no shade; tags have their colours.
+    Fails if: the comparison in talk_html is with logprob in place of its exponential, or `sum(... < bound)` is `>`.
+    """
+    tokenizer = searchr1.ByteTokenizer()
+    sampled, probabilities = list("a日bcd".encode()), [0.96, 0.9, 0.9, 0.8, 0.5, 0.3, 0.01]
+    own = [False, *[True] * 7, False]
+    r = searchr1.Rollout("q", [*b"q", *sampled, *b"z"], own, [0.0, *map(math.log, probabilities), 0.0], 1)
+    read = Reader(evaluation.talk_html(r, tokenizer, shade=True))
+    assert read.texts == [
+        ("a", "talk u0", "a  p 0.96"),
+        ("日", "talk u1", "日  p 0.8"),
+        ("b", "talk u2", "b  p 0.5"),
+        ("c", "talk u3", "c  p 0.3"),
+        ("d", "talk u4", "d  p 0.01"),
+        (" z", "talk information", None),
+    ]
+    ids = list(b"<answer>x</answer>y")
+    r = searchr1.Rollout("q", [*b"q", *ids], [False] + [True] * len(ids), [0.0] * (1 + len(ids)), 1)
+    read = Reader(evaluation.talk_html(r, tokenizer, shade=False))
+    assert read.text("answer") == "<answer>x</answer>" and read.text("own") == "<answer>x</answer>y" and not read.text("u1")
+
+
+def test_a_group_is_shaded_by_its_advantages(short_prompt):
+    """Claim: of rewards 1, 0, 0, 0, 0 the right rollout is green and the others are red, with the advantages 1.79 and -0.45 worked
+    out by hand ((1 - 0.2) / sqrt(0.2), -0.2 / sqrt(0.2)); where all rewards are equal there is no shade.
+    Fails if: advantages are rewards minus their mean, or sign is "plus" for >= 0.
+    """
+    right, wrong = converse(["<answer>gold</answer>"]), converse(["<answer>silver</answer>"])
+    group = [scripted_rollout(*right)] + [scripted_rollout(*wrong)] * 4
+    text, _ = made_of(right, "gold", group)
+    read = Reader(text)
+    assert read.text("sample").count("advantage +1.79 reward 1") == 2 and read.text("sample").count("advantage -0.45 reward 0") == 8
+    shades = [(piece, classes) for piece, classes, _ in read.texts if "own" in classes.split() and "sample" in classes.split()]
+    assert "".join(piece for piece, classes in shades if "plus" in classes) == "<answer>gold</answer>" * 2
+    assert "".join(piece for piece, classes in shades if "minus" in classes) == "<answer>silver</answer>" * 8
+    read = Reader(made_of(right, "gold")[0])
+    assert read.text("sample").count("advantage 0 ") == 10 and read.text("side").count("all rewards are equal") == 2
+    assert not [classes for _, classes, _ in read.texts if "sample" in classes and ("plus" in classes or "minus" in classes)]
+
+
+def test_a_silent_turn_has_its_place_on_the_page(short_prompt):
+    """Claim: turns that decode to nothing (an end of sequence alone) are no obstacle.
+    Fails if: talk_html takes the first piece of a part without text.
+    """
+    text, r = made_of(converse(["", ""], max_turns=1), "gold")
+    assert r.turns == ["", ""] and "no answer" in text
+
+
+def test_the_page_of_a_checkpoint_is_the_same_bytes_again(checkpoint, tmp_path, model, tokenizer, capsys):
+    """Claim: --html writes the questions of --limit, before (the key `base` of search_r1.json, or --before) and after; the same call
+    writes the same bytes; the checkpoint's settings count on both sides.
+    Fails if: page_sides draws without a seeded generator, or main ignores `base`.
+    """
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.7)
+    model.save_pretrained("was")
+    tokenizer.save_pretrained("was")
+    Path("ck/search_r1.json").write_text(
+        json.dumps(data.TINY_SETTINGS | {"max_turns": 1, "world_seed": 0, "corpus": None, "base": "was"})
+    )
+    evaluation.main(["--checkpoint", "ck", "--html", "a.html", "--limit", "2"])
+    evaluation.main(["--checkpoint", "ck", "--html", "b.html", "--limit", "2", "--before", "was"])
+    text = Path("a.html").read_text()
+    assert text == Path("b.html").read_text() and text.count("<section>") == 2 and text.count('class="side"') == 4
+    assert "max_turns 1" in text and "<b>before</b>: was" in text and "<b>after</b>: ck" in text
+    greedy = [re.sub("<details>.*", "", side) for side in text.split('<div class="side">')[1:]]
+    assert greedy[0] != greedy[1]
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Claim: a disk that fails leaves the old page and nothing else, and is a Mistake.
+    Fails if: write_whole writes to path itself.
+    """
+    path, write = tmp_path / "page.html", Path.write_text
+
+    def full(self, text, **how):
+        write(self, text[:3])
+        raise OSError(28, "No space left on device")
+
+    evaluation.write_whole(path, "old")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(evaluation.Mistake, match="cannot write .*No space left"):
+        evaluation.write_whole(path, "a new one")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.html", "old")]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--ask", "who?", "--chat"], "--ask and --chat"),
+        (["--ask", "who?", "--json", "x.json"], "--ask and --json"),
+        (["--html", "x.html", "--plot", "run"], "--plot and --html"),
+        (["--ask", " "], "--ask wants a question"),
+        (["--before", "ck"], "give --html"),
+        (["--html", "x.html"], "give --before"),
+        (["--html", "gone/x.html", "--before", "ck"], "cannot write gone/x.html: no such folder"),
+        (["--html", ".", "--before", "ck"], "cannot write .: a folder"),
+        (["--html", "x.html", "--before", "gone"], "gone: no folder of that name"),
+        (["--html", "x.html", "--before", "ck", "--limit", "25"], "--limit 25"),
+        (["--html", "x.html", "--before", "ck", "--temperature", "1"], "--temperature"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_one_line(checkpoint, monkeypatch, capsys, flags, message):
+    """Claim: what cannot be done is said in one line with exit code 2, before a model is loaded.
+    Fails if: before_of() is called after load_checkpoint, or the check of `wanted` is dropped.
+    """
+
+    def silent(url):
+        raise OSError("no route")
+
+    monkeypatch.setattr(evaluation.huggingface_hub, "get_hf_file_metadata", silent)
+    monkeypatch.setattr(evaluation, "load_checkpoint", None)  # would be a TypeError
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.run_main(lambda: evaluation.main(["--checkpoint", "ck", *flags]))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and message in error and "\n" not in error and not Path("x.html").exists()
