@@ -333,7 +333,10 @@ def on_terminal(monkeypatch):
     return sys.stdout
 
 
-@pytest.mark.parametrize("turns", [TURNS, ["\xff then é".replace("\xff", "\ufffd"), "", "<answer>a</answer>"], ["é" * 150]])
+@pytest.mark.parametrize(
+    "turns",
+    [TURNS, ["\ufffd then é", "", "<answer>a</answer>"], ["", "", "é" * 150], ["", "", "a <think"]],
+)
 def test_what_is_printed_live_is_the_transcript(short_prompt, monkeypatch, turns):
     """Claim: with characters of several tokens, unclosed tags, silent turns, a turn cut within a character: what is
     printed is transcript(), up to colours and control characters made visible; what is retrieved is dimmed whole.
@@ -486,7 +489,7 @@ def made_of(conversation, gold, samples=None):
     return evaluation.page([question], sides, ["settings: x < y"]), r
 
 
-def test_a_page_shows_the_transcripts_and_runs_nothing(short_prompt):
+def test_a_page_shows_the_transcripts_and_runs_nothing(short_prompt, tokenizer):
     """Claim: tags and quotes in question, gold answer, passage, turn and answer are text: the page's elements are its own, it has no
     script, no link, and forbids both; what it shows is the transcript, the retrieved part dimmed and without any shade.
     Fails if: html.escape is dropped anywhere, or `if not own` in talk_html is `if False`.
@@ -500,11 +503,15 @@ def test_a_page_shows_the_transcripts_and_runs_nothing(short_prompt):
         r"(src|href)=|url\(|@import", re.sub("<img src=x", "", html.unescape(text))
     )
     want = searchr1.transcript(r, conversation[1]).translate(searchr1.HARMLESS)
+    assert ('"', "pair side talk search u0", '"  p 1') in read.texts
     assert read.text("talk") == want * 12 and want.count("<script>") == 2  # two sides: greedy and five
     assert read.text("information").count(want[want.index("\n\n<info") : want.rindex("<answer>")]) == 12
     assert not [classes for piece, classes, title in read.texts if "information" in classes.split() and (" u" in classes or title)]
     pieces = [piece for piece, _, _ in read.texts]
     assert "1. <script>'q\"</script>?" in pieces and "one hop; right answer: <b>gold</b>" in pieces and "settings: x < y" in pieces
+    ids = tokenizer("<search> kinake </search>")["input_ids"]  # a tag that is one token
+    r = searchr1.Rollout("q", [0, *ids], [False] + [True] * len(ids), [0.0] * (1 + len(ids)), 1)
+    assert Reader(evaluation.talk_html(r, tokenizer, shade=True)).text("search") == "<search>kinake</search>"
 
 
 def test_tokens_are_shaded_by_how_unlikely_they_were():
