@@ -38,6 +38,7 @@ Departures from the paper (P) and the official code (C), tagged where they happe
 import argparse
 import copy
 import functools
+import itertools
 import re
 import string
 from collections import Counter, deque
@@ -813,25 +814,51 @@ def value_loss(values, old_values, returns, mask, clip=0.5):
 # ----- Reading a rollout -----
 
 COLOURS = {"think": "36", "search": "33", "information": "2", "answer": "32"}
+TAGGED = re.compile(r"<(think|search|answer)>.*?(</\1>|\Z)", re.DOTALL)
+# PITFALL: retrieved text is anybody's. Its escape codes (C0, C1) would command the terminal, its direction marks turn a line
+# round. One character for one, so that positions stay.
+HARMLESS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
+HARMLESS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+
+
+def parts(rollout, tokenizer):
+    """The response in runs of one mask value -> list of (text, True where the policy wrote it, range of its positions).
+
+    What has been said does not change when more is: the parts of a growing rollout keep all their texts but the last.
+    A decoder of words leaves out the space between two parts; it is put back, to the second one.
+    """
+    found, before = [], ""
+    for own, run in itertools.groupby(range(rollout.prompt_length, len(rollout.ids)), rollout.response_mask.__getitem__):
+        run = list(run)
+        text = tokenizer.decode(rollout.ids[run[0] : run[-1] + 1])
+        if before and text and not before[-1].isspace() and not text[0].isspace():
+            text = " " + text
+        found.append((text, own, range(run[0], run[-1] + 1)))
+        before = text or before
+    return found
+
+
+def kinds(text, own):
+    """Text of a part -> what each of its characters is: think, search, answer, "" outside of these tags; or information."""
+    names = ["" if own else "information"] * len(text)
+    for match in TAGGED.finditer(text) if own else ():
+        names[match.start() : match.end()] = [match[1]] * len(match[0])
+    return names
+
+
+def paint(text, own, start=0):
+    """text[start:] of a part in ANSI colours: tags bright, what is masked out dimmed. Every colour is switched off again."""
+    shown = []
+    for name, run in itertools.groupby(zip(kinds(text, own)[start:], text[start:]), lambda pair: pair[0]):
+        piece = "".join(character for _, character in run)
+        shown.append(f"\033[{COLOURS[name]}m{piece}\033[0m" if name else piece)
+    return "".join(shown)
 
 
 def transcript(rollout, tokenizer, colour=False):
-    """The response as text, or with ANSI colours: think, search and answer bright, everything masked out dimmed."""
-    parts, start = [], rollout.prompt_length
-    while start < len(rollout.ids):
-        end = start
-        while end < len(rollout.ids) and rollout.response_mask[end] == rollout.response_mask[start]:
-            end += 1
-        text = tokenizer.decode(rollout.ids[start:end])
-        if colour and not rollout.response_mask[start]:
-            text = f"\033[2m{text}\033[0m"
-        elif colour:
-            text = re.sub(
-                r"<(think|search|answer)>.*?(</\1>|$)", lambda m: f"\033[{COLOURS[m[1]]}m{m[0]}\033[0m", text, flags=re.DOTALL
-            )
-        parts.append(text)
-        start = end
-    return (" " if not any(p[-1:].isspace() for p in parts[:-1]) else "").join(parts)
+    """The response as text; or, for a terminal, in ANSI colours and without anybody else's control characters."""
+    pieces = parts(rollout, tokenizer)
+    return "".join(paint(text.translate(HARMLESS), own) if colour else text for text, own, _ in pieces)
 
 
 # ----- The demonstration: no model, no download -----

@@ -1183,50 +1183,26 @@ def report(config):
 
 # ----- 10. Many runs: the studies and the table -----
 
-HOPS = [
-    ("held-out exact match, one hop (greedy)", ["eval/em_1hop"], "share of questions"),
-    ("held-out exact match, two hops (greedy)", ["eval/em_2hop"], "share of questions"),
-    ("training reward (sampled)", ["reward/mean"], "mean reward"),
-    ("searches, one-hop questions (greedy)", ["eval/searches_1hop"], "searches a question"),
-    ("searches, two-hop questions (greedy)", ["eval/searches_2hop"], "searches a question"),
-]
-LENGTH = ("response length (sampled)", ["response_length/mean"], "tokens, passages included")
 SHORT = {"steps": 60}  # enough to see who learns what; the full recipes have 80 and 100
 
-# Study -> ({label: flags}, panels of the picture). Runs of equal flags are made once, whichever study wants them.
+# Study -> {label: flags}. Runs of equal flags are made once, whichever study wants them.
 STUDIES = {
     # Table 4: without the mask training is less stable and ends lower.
-    "mask": ({"with the mask": {}, "without": {"no_mask": True}}, [*HOPS, ("KL to the base model", ["kl"], "nats a token")]),
-    # Sec. 5: GRPO is faster at first, PPO more stable, both end alike. REINFORCE: the successors' finding that it does as well.
-    "algo": ({"PPO": {"algo": "ppo"}, "GRPO": {}, "REINFORCE": {"algo": "reinforce"}}, [*HOPS, LENGTH]),
+    "mask": {"with the mask": {}, "without": {"no_mask": True}},
+    # Sec. 5: GRPO is faster at first, PPO more stable, both end alike. REINFORCE: successors found that it does as well.
+    "algo": {"PPO": {"algo": "ppo"}, "GRPO": {}, "REINFORCE": {"algo": "reinforce"}},
     # Sec. 5: the instruct model starts higher and learns faster, the base model catches up.
-    "base-instruct": (
-        {"format known poorly": SHORT | {"format_steps": 40}, "format known well": SHORT},
-        [*HOPS, ("turns that were valid (sampled)", ["env/ratio_of_valid_action"], "share of turns")],
-    ),
+    "base-instruct": {"format known poorly": SHORT | {"format_steps": 40}, "format known well": SHORT},
     # Appendix, Table 7: three passages a search are best, one is worse, five learn fast and end below three.
-    "topk": ({f"{k} a search": SHORT | {"top_k": k} for k in (1, 3, 5)}, [*HOPS, LENGTH]),
-    # Appendix, Table 8: larger groups learn faster and are less stable; a group of one ends best. 240 rollouts a step, always.
-    "group-size": (
-        {f"groups of {g}": SHORT | {"group_size": g, "batch_size": 240 // g} for g in (1, 3, 5, 8)},
-        [*HOPS, LENGTH],
-    ),
+    "topk": {f"{k} a search": SHORT | {"top_k": k} for k in (1, 3, 5)},
+    # Appendix, Table 8: larger groups learn faster and are less stable; a group of one ends best. Always 240 rollouts a step.
+    "group-size": {f"groups of {g}": SHORT | {"group_size": g, "batch_size": 240 // g} for g in (1, 3, 5, 8)},
     # Sec. 5: the response first gets shorter (filler goes), then longer (it searches), and the reward rises with it.
-    "dynamics": (
-        {"PPO": {"algo": "ppo"}, "GRPO": {}},
-        [
-            LENGTH,
-            ("what the policy wrote (greedy, held out)", ["eval/response_tokens"], "tokens, without passages"),
-            ("searches (sampled)", ["env/number_of_valid_search"], "executed searches a rollout"),
-            HOPS[2],
-            ("entropy of the policy", ["entropy"], "nats a token"),
-            ("rollouts that end in an answer", ["env/finish_ratio"], "share of rollouts"),
-        ],
-    ),
+    "dynamics": {"PPO": {"algo": "ppo"}, "GRPO": {}},
     # A later re-examination: with a random engine it stops searching, with an empty one it searches more.
-    "retriever": ({kind: SHORT | {"retriever": kind} for kind in CHOICES["retriever"]}, [*HOPS, LENGTH]),
+    "retriever": {kind: SHORT | {"retriever": kind} for kind in CHOICES["retriever"]},
     # The budget B of Algorithm 1: what cannot be asked in one search needs two.
-    "turns": ({f"B = {b}": SHORT | {"max_turns": b} for b in (1, 2, 3)}, [*HOPS, LENGTH]),
+    "turns": {f"B = {b}": SHORT | {"max_turns": b} for b in (1, 2, 3)},
 }
 
 
@@ -1256,16 +1232,15 @@ def spread(values):
 
 def study(name, seeds, given):
     """Make the runs of a study, draw them into figures/<name>.png with bands over the seeds, print where they end."""
-    variants, panels = STUDIES[name]
-    runs = {}
+    variants, runs = STUDIES[name], {}
     for seed in range(seeds):
         for label, flags in variants.items():
             flags = {flag: value for flag, value in flags.items() if value != getattr(Config, flag)}  # one folder for one run
             folder = finished_run(flags | given | {"seed": seed})
             runs |= {f"{label}, seed {seed}": records for records in read_runs([folder]).values()}
     Path("figures").mkdir(exist_ok=True)
-    plot_runs(runs, f"figures/{name}.png", panels)
-    write_points(runs, f"figures/{name}.csv", panels)
+    plot_runs(runs, f"figures/{name}.png")
+    write_points(runs, f"figures/{name}.csv")
     ends = {
         "EM, one hop": "eval/em_1hop",
         "EM, two hops": "eval/em_2hop",
