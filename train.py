@@ -75,7 +75,7 @@ from eval import (
 from kernels import default_chunk
 from retrieval import BM25, SearchEngine, SearchFailed
 from searchr1 import (
-    FEED_TOKENS, Critic, Rollout, Slots, collate, format_reward, gae, group_advantages, head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end,
+    FEED_TOKENS, HARMLESS, Critic, Rollout, Slots, collate, format_reward, gae, group_advantages, head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end,
     rollout, token_logprobs, token_mean, transcript, value_loss, whiten,
 )  # fmt: skip
 
@@ -1168,7 +1168,7 @@ def report(config):
         print(
             f"\n--- {title} (greedy, a held-out question; gold answer: {' or '.join(sample['golden_answers'])}; reward {sample['reward']:.0f})"
         )
-        print(sample["question"] + "\n" + sample["transcript"])
+        print((sample["question"] + "\n" + sample["transcript"]).translate(HARMLESS))
     print(f"\nbefore: {describe(first)}\nafter:  {describe(last)}")
     if "train/sampled_em_1hop" in last:
         print(f"        on training questions, sampled: {last['train/sampled_em_1hop']:.3f} / {last['train/sampled_em_2hop']:.3f}")
@@ -1241,19 +1241,12 @@ def study(name, seeds, given):
     Path("figures").mkdir(exist_ok=True)
     plot_runs(runs, f"figures/{name}.png")
     write_points(runs, f"figures/{name}.csv")
-    ends = {
-        "EM, one hop": "eval/em_1hop",
-        "EM, two hops": "eval/em_2hop",
-        "searches": "eval/searches_1hop",
-        "": "eval/searches_2hop",
-    }
     print(f"\n| {name} | EM, one hop | EM, two hops | searches, one hop | searches, two hops |\n|---|---|---|---|---|")
     for label in variants:
         last = [runs[f"{label}, seed {seed}"][-1] for seed in range(seeds)]
-        print(f"| {label} | " + " | ".join(spread([r[metric] for r in last]) for metric in ends.values()) + " |")
-    print(
-        f"\nwrote figures/{name}.png and figures/{name}.csv; mean of {seeds} seeds (lowest to highest), greedy, held-out questions"
-    )
+        ends = ("eval/em_1hop", "eval/em_2hop", "eval/searches_1hop", "eval/searches_2hop")
+        print(f"| {label} | " + " | ".join(spread([r[metric] for r in last]) for metric in ends) + " |")
+    print(f"\nwrote figures/{name}.png and .csv; mean of {seeds} seeds (lowest to highest), greedy, held-out questions")
 
 
 # What `--table --quick` trains less of: one seed, enough for the order.
@@ -1300,9 +1293,7 @@ def table(seeds, quick, given):
         writer.writerows(
             [row, seed, *(f"{s[c]:.4f}" for c in columns)] for row, each in scores.items() for seed, s in enumerate(each)
         )
-    print(
-        f"\n| method | EM, one hop | EM, two hops | both | hit | searches | calls of the model | tokens |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("\n| method | EM, one hop | EM, two hops | both | hit | searches | calls | tokens |\n|---|---|---|---|---|---|---|---|")
     for row, each in scores.items():
         cells = [spread([s[name] for s in each]) for name in ("em_1hop", "em_2hop", "em")]
         cells += [f"{sum(s[name] for s in each) / len(each):.2f}" for name in ("hit", "searches", "turns", "response_tokens")]
