@@ -24,6 +24,7 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -273,10 +274,10 @@ def one_record(calls, answer, finished, searches=(), found=None):
     record.found = found or [None for _ in calls]
     last, start = None, 0
     for r in calls:
-        if last:
-            prompt = r.ids[: r.prompt_length]
-            alike = next((i for i, pair in enumerate(zip(last.ids, prompt)) if pair[0] != pair[1]), min(len(last.ids), len(prompt)))
-            start = alike if alike >= last.prompt_length else 0
+        if last:  # the ids that its prompt has in common with all of the last call
+            alike = [a == b for a, b in zip(last.ids, r.ids[: r.prompt_length])] + [False]
+            goes_on = last.prompt_length <= alike.index(False) and last.prompt_length < r.prompt_length
+            start = alike.index(False) if goes_on else 0
         record.ids += r.ids[start:]
         record.response_mask += r.response_mask[start:]
         record.logprobs += r.logprobs[start:]
@@ -509,12 +510,12 @@ def kept(path, config):
             of = part
         else:
             return [], False
+        for name in config | begun:
+            if begun.get(name) != config.get(name):
+                before, now = (json.dumps(c.get(name)) for c in (begun, config))
+                raise Mistake(f"{of} is of another comparison: {name} was {before}, now {now}; give another --json, or remove it")
     except (ValueError, TypeError, KeyError):
         raise Mistake(f"{path} is there and was not written by this script: give another --json") from None
-    for name in config | begun:
-        if begun.get(name) != config.get(name):
-            before, now = (json.dumps(c.get(name)) for c in (begun, config))
-            raise Mistake(f"{of} is of another comparison: {name} was {before}, now {now}; give another --json, or remove it")
     return records, of == Path(path)
 
 
@@ -580,12 +581,42 @@ def summary(records):
     return metrics, intervals
 
 
+def compare(args, methods, sets, settings, saved, corpus, encoder, load):
+    """The comparison that the command line asks for -> its records: those that --json has already, and those of the questions
+    that are left, for which load() gives policy, tokenizer and search engine. Then FILE is written, and FILE.part goes."""
+    config = {"checkpoint": args.checkpoint, "methods": methods, "data": list(sets), "corpus": corpus, "encoder": encoder}
+    config |= {"limit": args.limit, "temperature": args.temperature, "top_k": settings["top_k"], "settings": settings}
+    config["trained"] = saved
+    config["questions"] = {name: hashlib.sha256(repr(questions).encode()).hexdigest()[:16] for name, questions in sets.items()}
+    if not args.json:
+        policy, tokenizer, engine = load()
+        return answer_all(policy, tokenizer, engine.search, methods, sets, settings, args.temperature)
+    records, complete = kept(args.json, config)
+    file, part = Path(args.json), Path(f"{args.json}.part")
+    if not complete:
+        policy, tokenizer, engine = load()
+        with open(part, "a") as lines:
+            if not lines.tell():
+                lines.write(json.dumps(config) + "\n")
+            try:
+                records = answer_all(policy, tokenizer, engine.search, methods, sets, settings, args.temperature, records, lines)
+            except SearchFailed as error:
+                raise Mistake(f"{error}; what was answered is in {part}, and the same command goes on") from None
+        metrics, intervals = summary(records)
+        content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}
+        whole = Path(f"{args.json}.whole")
+        whole.write_text(json.dumps(content, indent=1) + "\n")
+        whole.replace(file)  # FILE appears whole or not at all
+    part.unlink(missing_ok=True)
+    return records
+
+
 # Quoted: exact match as the paper reports it, v5, Tables 2, 3 and 5, copied from public notes since the PDF was not at hand.
-# The sets in the order of DATASETS, then their average as printed; a cell with a star is not the same in all notes.
+# The sets in the order of DATASETS, then their average as printed; a star: see PAPER_NOTE.
 PAPER = """
 7B direct                     .134 .408 .140 .183 .250 .031 .120 .181
 7B cot                        .048 .185 .054 .092 .111 .022 .232 .106
-7B ircot                      .224 .478 .301 .133 .149 .072 .224 .239
+7B ircot                      .224 .478 .301 .133 .149 .072 .224 .239*
 7B search-o1                  .151 .443 .131 .187 .176 .058* .296 .206
 7B rag                        .349 .585 .392 .299 .235 .058 .208 .304
 7B sft                        .318 .354 .121 .217 .259 .066 .112 .207
@@ -622,7 +653,7 @@ PAPER = """
 """
 PAPER_NOTE = (
     "Quoted, not measured here: exact match of Qwen2.5 in the paper's tables (arXiv 2503.09516 v5, Tables 2, 3 and 5), as transcribed in public notes.\n"
-    "* Transcriptions differ: 7B search-o1 on musique .062, 7B r1, base on popqa .199 and bamboogle .203 (average .262) in another one."
+    "* Transcriptions differ: 7B search-o1 on musique .062, 7B r1, base on popqa .199 and bamboogle .203 (average .262) in another one.\n  The cells of 7B ircot have an average of .226."
 )
 
 
@@ -828,8 +859,8 @@ def main(argv=None):
         raise Mistake("--temperature and --limit cannot be negative")
     if args.top_k is not None and args.top_k < 1:
         raise Mistake(f"--top-k {args.top_k}: must be at least 1")
-    if args.json and (not Path(args.json).absolute().parent.is_dir() or Path(args.json).is_dir()):
-        raise Mistake(f"cannot write {args.json}: {'it is a folder' if Path(args.json).is_dir() else 'its folder does not exist'}")
+    if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):
+        raise Mistake(f"cannot write {args.json}: it is a folder, or there is no folder for it that can be written to")
     saved = load_settings(args.checkpoint, args.corpus, args.top_k)
     settings = {name: saved[name] for name in SETTINGS}
     methods = list(dict.fromkeys(args.method or [saved.get("method", "search-r1" if saved["do_search"] else "r1")]))
@@ -855,31 +886,8 @@ def main(argv=None):
         return 0
     sets = sets or {f"tiny world {world_seed}": data.make_world(world_seed).test}
     sets = {name: fixed_sample(questions, args.limit) for name, questions in sets.items()}
-    config = {"checkpoint": args.checkpoint, "methods": methods, "data": list(sets), "corpus": corpus, "encoder": encoder}
-    config |= {"limit": args.limit, "temperature": args.temperature, "top_k": settings["top_k"], "settings": settings}
-    config["trained"] = {name: value for name, value in saved.items() if name not in SETTINGS}
-    config["questions"] = {name: hashlib.sha256(repr(questions).encode()).hexdigest()[:16] for name, questions in sets.items()}
-    records, complete = kept(args.json, config) if args.json else ([], False)
-    if not complete:
-        policy, tokenizer, engine = load()
-        how = (methods, sets, settings | {"do_search": True}, args.temperature, records)
-        if args.json:
-            with open(f"{args.json}.part", "a") as part:
-                if part.tell() == 0:
-                    part.write(json.dumps(config) + "\n")
-                try:
-                    records = answer_all(policy, tokenizer, engine.search, *how, part)
-                except SearchFailed as error:
-                    raise Mistake(f"{error}; what was answered is in {args.json}.part, and the same command goes on") from None
-        else:
-            records = answer_all(policy, tokenizer, engine.search, *how)
+    records = compare(args, methods, sets, settings | {"do_search": True}, saved, corpus, encoder, load)
     metrics, intervals = summary(records)
-    if args.json and not complete:
-        content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}
-        Path(f"{args.json}.whole").write_text(json.dumps(content, indent=1) + "\n")
-        Path(f"{args.json}.whole").replace(args.json)
-    if args.json:
-        Path(f"{args.json}.part").unlink(missing_ok=True)
     greedy = "greedy" if args.temperature == 0 else f"temperature {args.temperature}"
     where = ", ".join(name if specs else f"{name}, held out" for name in sets)
     print(f"{sum(map(len, sets.values()))} questions ({where}), {greedy}")
