@@ -330,23 +330,23 @@ def ircot(policy, tokenizer, questions, search, settings, **how):
                 prompts[i] = prompt + thoughts[i] + opened
             else:  # no more thoughts, or no more room for one
                 reading.append(i)
+        asked = [questions[i] for i in prompts]
+        written = write(policy, tokenizer, asked, list(prompts.values()), "</think>", settings, **how)
         asking, queries = [], []
-        for i, r in zip(
-            prompts, write(policy, tokenizer, [questions[i] for i in prompts], list(prompts.values()), "</think>", settings, **how)
-        ):
+        for i, r in zip(prompts, written):
             calls[i].append(r)
             thoughts[i] += opened + written_ids(policy, tokenizer, r, "</think>")
             thought, said, answer = r.turns[0].partition(SAYS_ANSWER)
-            if said:
+            if said and r.finished:
                 answers[i] = answer.strip().removesuffix(".").strip()
             else:
                 asking.append(i)
                 queries.append(thought.strip())
-    reading.sort()
+    asked = [questions[i] for i in reading]
     prompts = [
         reading_ids(tokenizer, questions[i], RAG, "<answer>", shown[i].values(), settings, len(searches[i])) for i in reading
     ]
-    for i, r in zip(reading, write(policy, tokenizer, [questions[i] for i in reading], prompts, "</answer>", settings, **how)):
+    for i, r in zip(reading, write(policy, tokenizer, asked, prompts, "</answer>", settings, **how)):
         calls[i].append(r)
         answers[i] = read_answer(r)
     return [one_record(*row) for row in zip(calls, answers, [a is not None for a in answers], searches, found)]
@@ -366,13 +366,12 @@ def search_o1(policy, tokenizer, questions, search, settings, **how):
     def search_and_read(queries, top_k):
         found = search(queries, top_k)
         prompts = [reading_ids(tokenizer, query, NOTES, "<answer>", p, settings) for query, p in zip(queries, found, strict=True)]
-        first = len(notes)
-        notes.extend(write(policy, tokenizer, queries, prompts, "</answer>", settings, **aside))
+        new = write(policy, tokenizer, queries, prompts, "</answer>", settings, **aside)
+        texts = [r.turns[0].rpartition("<answer>")[2].strip() or NO_NOTES for r in new]
+        passages = [[Passage(str(len(notes) + i), "Notes", text)] for i, text in enumerate(texts)]  # its id finds the notes again
+        notes.extend(new)
         raw.extend(found)
-        return [
-            [Passage(str(n), "Notes", notes[n].turns[0].rpartition("<answer>")[2].strip() or NO_NOTES)]
-            for n in range(first, len(notes))
-        ]
+        return passages
 
     records = []
     for r in rollout(policy, tokenizer, questions, search_and_read, **settings | {"do_search": True}, **how):
