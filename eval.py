@@ -499,7 +499,7 @@ def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed"
     return world.test, build_index(world.passages), world
 
 
-# ----- The comparison: methods x sets, kept question by question -----
+# ----- 4. The comparison: methods x sets, kept question by question -----
 
 BATCH = 64  # questions that are answered, and then kept, together: what a killed comparison loses at most
 
@@ -731,7 +731,7 @@ def comparison_table(metrics, intervals):
     return f"{aligned(rows)}\n\n{aligned(more)}"
 
 
-# ----- 4. Pictures -----
+# ----- 5. Pictures -----
 
 CURVES = [
     ("held-out exact match (greedy)", ["eval/em_1hop", "eval/em_2hop", "eval/em"], "share of questions"),
@@ -858,7 +858,7 @@ def write_points(runs, path, curves=CURVES):
         )
 
 
-# ----- 5. One conversation -----
+# ----- 6. One conversation -----
 
 UNSETTLED = re.compile(r"(<[a-z]{0,6}|\ufffd+)\Z")  # an end that may become a tag, or a character of which bytes are missing
 
@@ -913,7 +913,7 @@ def chat(policy, tokenizer, search, settings, temperature=0.0, generator=None):
         print()
 
 
-# ----- 6. A page: before and after -----
+# ----- 7. A page: before and after -----
 
 PAGE_QUESTIONS, PAGE_GROUP = 6, 5  # questions if --limit says nothing, at most 24; rollouts a group
 CERTAIN = (0.95, 0.7, 0.4, 0.15)  # probabilities between the five shades
