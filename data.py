@@ -295,7 +295,7 @@ def make_tokenizer():
     """A word-level tokenizer over the words of the tiny world: 669 tokens, tags and names one token each.
 
     It lower-cases, splits off punctuation, and reads the head `Doc 1(Title: "...")` of an official passage as the one
-    word `doc`, because in this world a passage always names what it is about. Tags are added tokens, found in the raw
+    word `doc`, because in this world a passage always names what it is about, and the colon of a note ("born: luguton") as `is`. Tags are added tokens, found in the raw
     text before anything else. Saved next to a Qwen3Config, AutoTokenizer loads it back as it is.
     PITFALL: next to a Qwen2Config, AutoTokenizer silently builds a Qwen2 tokenizer instead.
     """
@@ -308,7 +308,11 @@ def make_tokenizer():
     vocabulary = ["<eos>", "<unk>"] + words + names
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Replace(Regex(r'Doc \d+\(Title: "[^"]*"\)'), "doc"), normalizers.Lowercase()]
+        [
+            normalizers.Replace(Regex(r'Doc \d+\(Title: "[^"]*"\)'), "doc"),
+            normalizers.Replace(Regex(r":\s"), " is "),
+            normalizers.Lowercase(),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
@@ -340,7 +344,7 @@ class BaseConfig:
     lr: float = 2e-3
     top_k: int = 3  # passages a search; reinforcement learning with another K meets blocks of a length never read
     context_weight: float = 0.02  # loss weight of prompts and passages: random names cannot be predicted
-    version: int = 2  # raised when this file changes what the base model sees
+    version: int = 3  # raised when this file changes what the base model sees
 
 
 def reading_episode(world, facts, documents, rng):

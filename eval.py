@@ -373,12 +373,13 @@ def search_o1(policy, tokenizer, questions, search, settings, **how):
     def search_and_read(queries, top_k):
         found = search(queries, top_k)
         prompts = [reading_ids(tokenizer, query, NOTES, "<answer>", p, settings) for query, p in zip(queries, found, strict=True)]
-        new = write(policy, tokenizer, queries, prompts, "</answer>", settings, **aside)
-        texts = [r.turns[0].rpartition("<answer>")[2].strip() or NO_NOTES for r in new]
-        passages = [[Passage(str(len(notes) + i), "Notes", text)] for i, text in enumerate(texts)]  # its id finds the notes again
-        notes.extend(new)
+        texts, first = [], len(notes)
+        for query, r in zip(queries, write(policy, tokenizer, queries, prompts, "</answer>", settings, **aside)):
+            note = r.turns[0].rpartition("<answer>")[2].strip().removesuffix(".")
+            texts.append(f"{query}: {note}." if note else NO_NOTES)
+            notes.append(r)
         raw.extend(found)
-        return passages
+        return [[Passage(str(first + i), "Notes", text)] for i, text in enumerate(texts)]
 
     records = []
     for r in rollout(policy, tokenizer, questions, search_and_read, **settings | {"do_search": True}, **how):

@@ -259,7 +259,7 @@ def test_search_o1_puts_notes_in_the_place_of_passages(short):
     }
     metrics, (r, other), calls = answered("search-o1", reply, {"q1?": "p4", "q2?": "b"}, library)
     text = searchr1.transcript(r, searchr1.ByteTokenizer())
-    assert '<information>Doc 1(Title: "Notes") p1 is P1</information>' in text and f") {evaluation.NO_NOTES}</information>" in text
+    assert '<information>Doc 1(Title: "Notes") q1?: p1 is P1.</information>' in text and f") {evaluation.NO_NOTES}</information>" in text
     assert calls == [["q1?"], ["then?"]] and r.searches == ["q1?", "then?"] and (r.answer, other.answer) == ("P4", "a")
     assert [passages and [p.id for p in passages] for passages in r.found] == [["p1"], ["p2", "p4"], None]
     assert sum(r.response_mask) == sum(map(len, turns["q1"])) + len(" p1 is P1 </answer>") + len(" </answer>")
