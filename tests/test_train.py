@@ -522,13 +522,16 @@ def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
 
 def test_predicted_keys_and_values_are_the_buffers_bytes(model):
     """Claim: "keys and values" of predict_memory is what the static buffers of a GPU hold.
-    Fails if: the extra column or the values are forgotten (`* 2 *` dropped), or query heads are counted.
+    Fails if: the extra column or the values are forgotten (`* 2 *` dropped), query heads are counted, or rejection sampling's
+    second set is left out.
     """
     cache = searchr1.Slots(model, 8, 200, static=True)
     with torch.no_grad():
         searchr1.feed(model, cache, [0], [[3, 4, 5]])
     held = sum(store.numel() * store.element_size() for layer in cache.layers for store in layer)
     assert train.predict_memory(model, train.Config(slots=8, max_length=200))["keys and values"] == held
+    rejection = train.Config(algo="rejection", slots=8, max_length=200)  # a second set, for the base model
+    assert train.predict_memory(model, rejection)["keys and values"] == 2 * held
 
 
 def test_every_preset_fits_a_card_of_24_gb_as_the_readme_says(monkeypatch, tmp_path):
