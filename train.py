@@ -814,17 +814,8 @@ def learning_rate_factor(step, warmup_steps, config):
 def gold_example(question, tokenizer):
     """[SFT] A Rollout that nobody rolled out: the prompt of direct inference and the gold answer, as if the policy had written it."""
     ids, gold = direct_ids(tokenizer, question.question), question.golden_answers[0]
-    r = Rollout(
-        question.question,
-        ids,
-        [False] * len(ids),
-        [0.0] * len(ids),
-        len(ids),
-        gold,
-        True,
-        [f"<answer> {gold} </answer>"],
-        found=[None],
-    )
+    r = Rollout(question.question, ids, [False] * len(ids), [0.0] * len(ids), len(ids), answer=gold, finished=True, found=[None])
+    r.turns.append(f"<answer> {gold} </answer>")
     written = tokenizer(f" {gold} </answer>", add_special_tokens=False)["input_ids"]
     r.append(written, [0.0] * len(written))
     return r

@@ -29,6 +29,7 @@ import searchr1
 import train
 from conftest import random_model
 from eval import Mistake, run_main
+from eval import main as eval_main
 from retrieval import Passage, SearchFailed
 
 SMALL = (
@@ -1060,6 +1061,24 @@ def test_rejection_sampling_imitates_the_base_models_right_rollouts(small_base, 
     train.main(run[:-1] + ["nothing"])
     moved = AutoModelForCausalLM.from_pretrained("nothing/checkpoint-2").state_dict()
     assert all(torch.equal(moved[name], value) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "algo, prompt", [("sft", "Answer the given question from what you know."), ("rejection", "Answer the given question. You must")]
+)
+def test_a_fine_tuned_checkpoint_is_evaluated_as_it_was_trained(real_shape, capsys, algo, prompt):
+    """Claim: --algo sft and rejection run on files, too; eval.py then asks the checkpoint in the form it was trained in.
+    Fails if: save_checkpoint leaves the method out.
+    """
+    train.main(
+        real_shape
+        + f"--algo {algo} --steps 1 --batch-size 2 --max-new-tokens 6 --max-turns 1 --eval-limit 1 --output-dir run".split()
+    )
+    flags = "--checkpoint run/checkpoint-1 --data questions.jsonl --corpus passages.jsonl --limit 2 --json out.json".split()
+    eval_main(flags)
+    records = json.loads(Path("out.json").read_text())["records"]
+    assert len(records) == 2 and all(r["method"] == algo and f"user\n{prompt}" in r["prompt"] for r in records)
+    assert "2 questions (questions.jsonl), greedy" in capsys.readouterr().out
 
 
 def test_worse_engines_are_what_their_names_say(world, engine):
