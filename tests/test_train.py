@@ -33,7 +33,7 @@ from eval import main as eval_main
 from retrieval import Passage, SearchFailed
 
 SMALL = (
-    "--batch-size 5 --group-size 4 --eval-limit 3 --eval-every 2 --steps 2 --reward format --max-turns 2 --max-new-tokens 8".split()
+    "--batch-size 5 --group-size 4 --eval-limit 3 --eval-every 2 --steps 2 --reward format --max-turns 1 --max-new-tokens 8".split()
 )
 
 
@@ -580,7 +580,7 @@ def test_the_readmes_flags_exist():
     assert {script for script, flags in commands if "--" in flags} >= {"train", "eval"}
     for script, flags in commands:
         for flag in re.findall(r"--[\w-]+", flags):
-            if script == "train":
+            if script == "train" and flag[2:] not in ("table", "quick", "study", "seeds"):
                 assert flag[2:].replace("-", "_") in {f.name for f in train.fields(train.Config)}, flag
             else:
                 assert f'"{flag}"' in (root / f"{script}.py").read_text(), (script, flag)
