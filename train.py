@@ -1174,8 +1174,6 @@ def report(config):
 
 # ----- 10. Many runs: the studies and the table -----
 
-SHORT = {"steps": 60}  # enough to see who learns what; the full recipes have 80 and 100
-
 # Study -> {label: flags}. Runs of equal flags are made once, whichever study wants them.
 STUDIES = {
     # Table 4: without the mask training is less stable and ends lower.
@@ -1183,17 +1181,17 @@ STUDIES = {
     # Sec. 5: GRPO is faster at first, PPO more stable, both end alike. REINFORCE: successors found that it does as well.
     "algo": {"PPO": {"algo": "ppo"}, "GRPO": {}, "REINFORCE": {"algo": "reinforce"}},
     # Sec. 5: the instruct model starts higher and learns faster, the base model catches up.
-    "base-instruct": {"format known poorly": SHORT | {"format_steps": 40}, "format known well": SHORT},
+    "base-instruct": {f"{n} steps of format": {"format_steps": n} for n in (80, 160, 480)},
     # Appendix, Table 7: three passages a search are best, one is worse, five learn fast and end below three.
-    "topk": {f"{k} a search": SHORT | {"top_k": k} for k in (1, 3, 5)},
+    "topk": {f"{k} a search": {"top_k": k} for k in (1, 3, 5)},
     # Appendix, Table 8: larger groups learn faster and are less stable; a group of one ends best. Always 240 rollouts a step.
-    "group-size": {f"groups of {g}": SHORT | {"group_size": g, "batch_size": 240 // g} for g in (1, 3, 5, 8)},
+    "group-size": {f"groups of {g}": {"group_size": g, "batch_size": 240 // g} for g in (1, 3, 5, 8)},
     # Sec. 5: the response first gets shorter (filler goes), then longer (it searches), and the reward rises with it.
     "dynamics": {"PPO": {"algo": "ppo"}, "GRPO": {}},
     # A later re-examination: with a random engine it stops searching, with an empty one it searches more.
-    "retriever": {kind: SHORT | {"retriever": kind} for kind in CHOICES["retriever"]},
+    "retriever": {kind: {"retriever": kind} for kind in CHOICES["retriever"]},
     # The budget B of Algorithm 1: what cannot be asked in one search needs two.
-    "turns": {f"B = {b}": SHORT | {"max_turns": b} for b in (1, 2, 3)},
+    "turns": {f"B = {b}": {"max_turns": b} for b in (1, 2, 3)},
 }
 
 

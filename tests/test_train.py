@@ -1124,18 +1124,18 @@ def test_a_study_makes_each_run_once_and_draws_all_seeds(monkeypatch, tmp_path, 
     monkeypatch.setattr(train, "plot_runs", lambda runs, path: drawn.update({path: sorted(runs)}))
     train.main(["--study", "turns", "--seeds", "2"])
     assert drawn == {"figures/turns.png": sorted(f"B = {b}, seed {seed}" for b in (1, 2, 3) for seed in (0, 1))}
-    assert [(c.max_turns, c.seed, c.steps) for c in made] == [(b, seed, 60) for seed in (0, 1) for b in (1, 2, 3)]
+    assert [(c.max_turns, c.seed, c.steps) for c in made] == [(b, seed, 100) for seed in (0, 1) for b in (1, 2, 3)]
     printed = capsys.readouterr().out
     assert (
         "| B = 2 | 0.625 (0.500 to 0.750) | 0.250 (0.250 to 0.250) | 2.000 (2.000 to 2.000) | 2.000 (2.000 to 2.000) |" in printed
     )
     rows = Path("figures/turns.csv").read_text().splitlines()
-    assert rows[0] == "run,step,metric,value" and '"B = 2, seed 1",60,eval/em_1hop,0.75' in rows
+    assert rows[0] == "run,step,metric,value" and '"B = 2, seed 1",100,eval/em_1hop,0.75' in rows
     train.main(["--study", "retriever", "--seeds", "1"])  # its "exact" is the other study's B = 3
     assert [c.retriever for c in made[6:]] == ["lexical", "random", "empty"]
     random_engine = Path(made[7].output_dir)
-    (random_engine / "checkpoint-60").rename(random_engine / "checkpoint-30")  # stopped half-way
-    shutil.rmtree(Path(made[8].output_dir) / "checkpoint-60")  # died before it saved anything
+    (random_engine / "checkpoint-100").rename(random_engine / "checkpoint-30")  # stopped half-way
+    shutil.rmtree(Path(made[8].output_dir) / "checkpoint-100")  # died before it saved anything
     train.main(["--study", "retriever", "--seeds", "1"])
     assert [(c.retriever, Path(c.resume or ".").name) for c in made[9:]] == [("random", random_engine.name), ("empty", "")]
 
