@@ -419,6 +419,7 @@ METHODS = {  # in the order of the paper's table
     "rejection": search_r1,  # on a checkpoint of train.py --algo rejection
     "search-r1": search_r1,
 }
+WITHOUT_SEARCH = ("direct", "cot", "sft", "r1")  # these need no passages
 WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write is meant to be check_format's language
 
 
@@ -460,11 +461,11 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
     return policy, tokenizer
 
 
-def load_settings(checkpoint, corpus=None, top_k=None):
-    """search_r1.json of a checkpoint -> dict; for a model without one the paper's values with a corpus, else the tiny
-    world's."""
+def load_settings(checkpoint, real=None, top_k=None):
+    """search_r1.json of a checkpoint -> dict; for a model without one the paper's values if questions or corpus are `real`,
+    else the tiny world's."""
     file = Path(checkpoint) / "search_r1.json"
-    default = (PAPER_SETTINGS if corpus else data.TINY_SETTINGS) | {"world_seed": 0, "corpus": None}
+    default = (PAPER_SETTINGS if real else data.TINY_SETTINGS) | {"world_seed": 0, "corpus": None}
     return (json.loads(file.read_text()) if file.exists() else default) | ({"top_k": top_k} if top_k else {})
 
 
@@ -1179,7 +1180,7 @@ def main(argv=None):
     if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):
         raise Mistake(f"cannot write {args.json}: it is a folder, or there is no folder for it that can be written to")
     before = before_of(args) if args.html is not None else None
-    saved = load_settings(args.checkpoint, args.corpus, args.top_k)
+    saved = load_settings(args.checkpoint, args.corpus or args.data, args.top_k)
     settings = {name: saved[name] for name in SETTINGS}
     methods = list(dict.fromkeys(args.method or [saved.get("method", "search-r1" if saved["do_search"] else "r1")]))
     if unknown := [method for method in methods if method not in METHODS]:
@@ -1187,7 +1188,7 @@ def main(argv=None):
     corpus, specs = (args.corpus or saved["corpus"], args.data) if args.world_seed is None else (None, None)
     if corpus and not (specs or args.ask or args.chat):
         raise Mistake(f"this checkpoint searches {corpus}; give --data FILE or the name of a set, the questions to evaluate")
-    if specs and not corpus:
+    if specs and not corpus and (args.ask or args.chat or args.html or not set(methods) <= set(WITHOUT_SEARCH)):
         raise Mistake("--data needs --corpus FILE (or contexts, wiki18, ...), the passages to search")
     world_seed = saved["world_seed"] if args.world_seed is None else args.world_seed
     encoder = args.encoder or saved.get("encoder", "hashed")

@@ -259,7 +259,10 @@ def test_search_o1_puts_notes_in_the_place_of_passages(short):
     }
     metrics, (r, other), calls = answered("search-o1", reply, {"q1?": "p4", "q2?": "b"}, library)
     text = searchr1.transcript(r, searchr1.ByteTokenizer())
-    assert '<information>Doc 1(Title: "Notes") q1?: p1 is P1.</information>' in text and f") {evaluation.NO_NOTES}</information>" in text
+    assert (
+        '<information>Doc 1(Title: "Notes") q1?: p1 is P1.</information>' in text
+        and f") {evaluation.NO_NOTES}</information>" in text
+    )
     assert calls == [["q1?"], ["then?"]] and r.searches == ["q1?", "then?"] and (r.answer, other.answer) == ("P4", "a")
     assert [passages and [p.id for p in passages] for passages in r.found] == [["p1"], ["p2", "p4"], None]
     assert sum(r.response_mask) == sum(map(len, turns["q1"])) + len(" p1 is P1 </answer>") + len(" </answer>")
@@ -465,11 +468,12 @@ def asked(monkeypatch):
 
 def test_a_killed_comparison_goes_on_where_it_was(files, asked, monkeypatch, capsys):
     """Claim: the engine goes away twice and a last line is half written: the same command asks what has no record, and
-    its file is, byte by byte, that of a comparison that was never interrupted. A complete file is only printed; one of
-    another comparison is refused, with what differs. Ids that are alike do not collide.
-    Fails if: answer_all asks for all `rows` of a set again, keeps them by q.id, or kept() leaves the half line.
+    its file is, byte by byte, that of a comparison that was never interrupted, samples included. A complete file is only
+    printed; one of another comparison is refused, with what differs. Ids that are alike do not collide.
+    Fails if: answer_all asks for all `rows` of a set again, keeps them by q.id, or seeds once instead of every batch, or
+    kept() leaves the half line.
     """
-    flags = files + "--method direct rag ircot --limit 5 --json".split()
+    flags = files + "--method direct rag ircot --limit 5 --temperature 1 --json".split()
     evaluation.main(flags + ["whole.json"])
     table = capsys.readouterr().out
     assert len(asked) == 3 * 2 * 5 and len(set(asked)) == 30 and not Path("whole.json.part").exists()
@@ -517,6 +521,20 @@ def test_a_killed_comparison_goes_on_where_it_was(files, asked, monkeypatch, cap
     Path("b.json").write_text("{}")
     with pytest.raises(evaluation.Mistake, match="was not written by this script"):
         evaluation.main(flags + ["b.json"])
+
+
+def test_who_does_not_search_needs_no_corpus(files, asked, capsys):
+    """Claim: direct inference, chain of thought, SFT and R1 answer a question file without passages; a method that searches
+    asks for them, in one line.
+    Fails if: main() wants a corpus whatever the methods are, or for none of them.
+    """
+    flags = "--checkpoint ck --data one.jsonl --limit 2 --method direct cot sft r1".split()
+    evaluation.main(flags)
+    assert [method for method, _ in asked] == [name for name in ("direct", "cot", "sft", "r1") for _ in range(2)]
+    assert "average" not in capsys.readouterr().out
+    for flag in (["rag"], ["--ask", "who?"], ["--html", "page.html", "--before", "ck"]):
+        with pytest.raises(evaluation.Mistake, match="--data needs --corpus"):
+            evaluation.main(flags + flag)
 
 
 def test_the_table_has_a_row_a_method_and_the_average_of_the_sets(files, capsys, monkeypatch):
