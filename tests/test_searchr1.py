@@ -383,8 +383,7 @@ def test_the_samplers_logprobs_equal_the_trainers(model, tokenizer, temperature)
     assert (batch.old_logprobs_BT[batch.mask_BT] < 0).all()
 
 
-@pytest.mark.parametrize("slots", [4, 13])
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("slots, static", [(4, False), (4, True), (13, True)])
 def test_neither_slots_nor_neighbours_nor_static_buffers_change_a_rollout(model, tokenizer, monkeypatch, slots, static):
     """Claim: sampled conversations are the same, token for token, whether all are in flight at once or slots are refilled
     from the queue, in growing buffers or in the static ones of a CUDA graph, and with blocks fed in pieces.

@@ -28,7 +28,7 @@ import kernels
 import searchr1
 import train
 from conftest import random_model
-from eval import Mistake, run_main
+from eval import Mistake, plot_runs, run_main
 from eval import main as eval_main
 from retrieval import Passage, SearchFailed
 
@@ -393,8 +393,10 @@ def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
 
 @pytest.fixture()
 def real_shape(tmp_path, monkeypatch):
-    """Files in the official formats and a saved two-layer Qwen3 with a byte-level BPE tokenizer and a ChatML template."""
+    """Files in the official formats and a saved two-layer Qwen3 with a byte-level BPE tokenizer and a ChatML template; no time
+    is spent on pictures."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_runs", lambda runs, path: path.touch())
     towns = [f"Town {chr(65 + i)}{i}" for i in range(24)]
     passages = [
         {"id": str(i), "contents": f'"{t}"\n{t} lies on the river Number {i}, and its mayor is called Person {i}. Ünïcode; naïve.'}
@@ -440,8 +442,8 @@ def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_forma
     flags = (
         f"--algo {algo} --steps 2 --batch-size 3 --group-size 2 --max-new-tokens 10 --max-turns 2 --eval-limit 2 --output-dir run"
     )
-    if algo == "ppo":  # one picture is enough
-        monkeypatch.setattr(train, "plot_runs", lambda runs, path: path.write_bytes(bytes(20001)))
+    if algo == "grpo":  # one picture is enough
+        monkeypatch.setattr(train, "plot_runs", plot_runs)
     train.main(real_shape + flags.split())
     samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
     assert samples[0]["prompt"].startswith("<|im_start|>user\nAnswer the given question.") and samples[0]["prompt"].endswith(
@@ -449,7 +451,9 @@ def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_forma
     )
     text = "".join(s["transcript"] for s in samples)
     assert '\n\n<information>Doc 1(Title: "Town B1") Town B1 lies on the river Number 1' in text and searchr1.INVALID_ACTION in text
-    assert json.loads(Path("run/config.json").read_text())["preset"] == "real" and Path("run/curves.png").stat().st_size > 20000
+    assert json.loads(Path("run/config.json").read_text())["preset"] == "real" and (
+        algo == "ppo" or Path("run/curves.png").stat().st_size > 20000
+    )
     AutoModelForCausalLM.from_pretrained("run/checkpoint-2")
     ids = AutoTokenizer.from_pretrained("run/checkpoint-2")(searchr1.TEMPLATE)["input_ids"]
     assert ids == AutoTokenizer.from_pretrained("model")(searchr1.TEMPLATE)["input_ids"]
