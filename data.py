@@ -1,28 +1,22 @@
 """Questions and passages: the embedded tiny world with its base model, and files of real ones.
 
-The paper trains Qwen2.5 on NQ (mostly one hop) and HotpotQA (two hops) against 21 million Wikipedia passages. The
-tiny world has the same shape at a size that two CPU cores learn in minutes: invented people, cities, companies and
-countries, one passage a fact, one-hop and two-hop questions about them. It comes in two parts that share no entity,
-so nothing learned by heart on the training questions helps on the test questions; one index holds both parts.
+The paper trains Qwen2.5 on NQ (mostly one hop) and HotpotQA (two hops) against 21 million Wikipedia passages. The tiny
+world has the same shape, at a size that two CPU cores learn in minutes: invented people, cities, companies and
+countries, one passage for each fact, one-hop and two-hop questions. Training and test questions share no entity, so
+learning the former by heart does not help with the latter. One index holds all passages.
 
-What stands in for Qwen is a 0.4 M-parameter transformer, made here from random weights in about a minute. It is taught
-two things and no third: to READ (given passages and a question, name the answer) and the FORMAT (the tags, in the
-hand of a poor policy that draws its number of searches, its queries and most of its answers at random). It never sees
-a right episode, and never the world on which reinforcement learning will train it. Everything else, what to ask, when
-to ask again, which passage to believe, has to come from the reward.
+A transformer of 0.4 M parameters stands in for Qwen, made here from random weights in about a minute. It learns exactly
+two things: to READ (name the answer, given passages and a question) and the FORMAT (the tags, as written by a poor
+policy that draws its searches and its answers at random). No episode is picked because its answer is right, and none
+comes from the world of the reinforcement learning. What to ask, when to ask again, which passage to believe: that must
+come from the reward.
 
-    Question, load_questions     a question, and the FlashRAG file format
-    load_data                    FILE, or real sets by name: nq+hotpotqa
-    resolve_corpus               FILE, DIR, http://..., or `contexts` and `wiki18`, which become an index
-    export_rows                  the same questions for trainers of many GPUs: verl, SkyRL
-    make_world                   the tiny world (people, places, facts, wordings)
-    make_tokenizer               word-level, an ordinary Hugging Face tokenizer
-    oracle_exact_match           what a perfect policy would score: the ceiling that the engine sets
-    reading_batch, poor_episodes what the base model is shown
-    base_model                   made on the spot and cached
+    1. the tiny world                    make_world, draw_questions, oracle_exact_match, make_tokenizer
+    2. its base model                    reading_episode, poor_episodes: what it is shown; base_model
+    3. real questions and passages       load_data, fixed_sample; resolve_corpus
+    4. checkpoints, a user's mistakes    load_checkpoint, load_settings, task; run_main
 
-    python data.py [--world-seed 0]      prints what a world looks like and what its base model is shown (two seconds)
-    python data.py export verl --data nq+hotpotqa --output train.json
+    python data.py [--world-seed 0]      prints a world and what its base model is shown (two seconds)
 """
 
 import argparse
@@ -34,7 +28,8 @@ import re
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections import namedtuple
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -44,131 +39,57 @@ from huggingface_hub.errors import HTTPError
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
-from retrieval import WORD, Passage, build, build_index
+from engine import Mistake
+from retrieval import WORD, Passage, SearchFailed, build, build_index, engine_from, written_whole
+from searchr1 import RETHINK, Question, Settings
 
-# ----- 1. Questions -----
+transformers_logging.disable_progress_bar()
 
+# ----- 1. The tiny world -----
 
-@dataclass(frozen=True)
-class Question:
-    """A question and every answer that counts as right. `path` is known for the tiny world only: (entity, relation of
-    the first hop, relation of the second hop); its length says how many searches an honest answer takes."""
+# One kind of fact. All its wordings contain its name. nouns: how a question asks for it, "the city where {x} lives";
+# facts: how a passage states it, with {x} the subject and {y} the object.
+Relation = namedtuple("Relation", "name subject object nouns facts")
 
-    id: str
-    question: str
-    golden_answers: tuple
-    path: tuple = ()
+def _noun(name, subject, object):
+    nouns = f"the {name} of {{x}}", f"the {name} belonging to {{x}}"
+    return Relation(name, subject, object, nouns, (f"the {name} of {{x}} is {{y}}.", f"{{y}} is the {name} of {{x}}."))
 
-    @property
-    def hops(self):
-        return max(0, len(self.path) - 1)
-
-
-def load_questions(path):
-    """Read JSON lines `{"id": str, "question": str, "golden_answers": [str, ...]}` (FlashRAG) -> list[Question].
-
-    ValueError, naming file and line, for a line that is no JSON object, lacks a key or has no answer.
-    """
-    questions = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not a JSON object ({error})") from None
-            if not isinstance(record, dict) or not isinstance(record.get("question"), str) or not record["question"].strip():
-                raise ValueError(f'{where}: a question needs "question" (a string)')
-            answers = record.get("golden_answers")
-            if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-                raise ValueError(f'{where}: a question needs "golden_answers" (a list of strings, at least one)')
-            questions.append(Question(str(record.get("id", number)), record["question"], tuple(answers)))
-    if not questions:
-        raise ValueError(f"{path}: no questions in this file")
-    return questions
-
-
-# ----- 2. The tiny world -----
-
-
-@dataclass(frozen=True)
-class Relation:
-    """One kind of fact. Every wording, of passages and of questions, holds the word that names the relation."""
-
-    name: str
-    subject: str
-    object: str
-    nouns: tuple  # how a question asks for it: "the city where {x} lives"
-    facts: tuple  # how a passage states it, {x} the subject, {y} the object
-
-
-def _of(name, subject, object):
-    return Relation(
-        name,
-        subject,
-        object,
-        (f"the {name} of {{x}}", f"the {name} belonging to {{x}}"),
-        (f"the {name} of {{x}} is {{y}}.", f"{{y}} is the {name} of {{x}}."),
-    )
-
+def _verb(name, subject, object, verb, noun="place", preposition="in"):
+    nouns = f"the {object} where {{x}} {verb}", f"the {noun} {preposition} which {{x}} {verb}"
+    facts = f"{{x}} {verb} {preposition} {{y}}.", f"{{y}} is the {object} where {{x}} {verb}."
+    return Relation(name, subject, object, nouns, facts)
 
 RELATIONS = [
-    Relation(
-        "born",
-        "person",
-        "city",
-        ("the city where {x} was born", "the place in which {x} was born"),
-        ("{x} was born in {y}.", "{y} is the city where {x} was born."),
-    ),
-    Relation(
-        "lives",
-        "person",
-        "city",
-        ("the city where {x} lives", "the place in which {x} lives"),
-        ("{x} lives in {y}.", "{y} is the city where {x} lives."),
-    ),
-    Relation(
-        "works",
-        "person",
-        "company",
-        ("the company where {x} works", "the company for which {x} works"),
-        ("{x} works for {y}.", "{y} is the company where {x} works."),
-    ),
-    _of("teacher", "person", "person"),
-    _of("country", "city", "country"),
-    _of("mayor", "city", "person"),
-    _of("port", "city", "city"),
-    Relation(
-        "based",
-        "company",
-        "city",
-        ("the city where {x} is based", "the place in which {x} is based"),
-        ("{x} is based in {y}.", "{y} is the city where {x} is based."),
-    ),
-    _of("founder", "company", "person"),
-    _of("supplier", "company", "company"),
-    _of("capital", "country", "city"),
-    _of("leader", "country", "person"),
-    _of("protector", "country", "country"),
+    _verb("born", "person", "city", "was born"),
+    _verb("lives", "person", "city", "lives"),
+    _verb("works", "person", "company", "works", "company", "for"),
+    _noun("teacher", "person", "person"),
+    _noun("country", "city", "country"),
+    _noun("mayor", "city", "person"),
+    _noun("port", "city", "city"),
+    _verb("based", "company", "city", "is based"),
+    _noun("founder", "company", "person"),
+    _noun("supplier", "company", "company"),
+    _noun("capital", "country", "city"),
+    _noun("leader", "country", "person"),
+    _noun("protector", "country", "country"),
 ]
 RELATION = {r.name: r for r in RELATIONS}
-OPENERS = {"person": ("who is {np}?", "can you name {np}?"), "thing": ("what is {np}?", "can you name {np}?")}
 
-# A part of the world draws its entities from these pools; a name is one token and never two entities.
+# Each part of a world takes PART entities from these pools. A name is one token and belongs to one entity.
 POOL = {"person": 320, "city": 110, "company": 110, "country": 70}
 PART = {"person": 150, "city": 50, "company": 50, "country": 30}
 ENDING = {"person": "", "city": "ton", "company": "corp", "country": "land"}
-
+OPENERS = {kind: (f"{'who' if kind == 'person' else 'what'} is {{np}}?", "can you name {np}?") for kind in POOL}
 
 def _names():
-    """The pools of names, the same in every world: stems of two or three syllables, no stem used twice."""
+    """The pools of names, the same in every world. A stem has two or three syllables and is used once."""
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    rng, seen, pools = random.Random("names"), set(), {}
+    rng, seen, pools = random.Random("names"), set(), {kind: [] for kind in POOL}
     for kind, size in POOL.items():
-        pools[kind] = []
         while len(pools[kind]) < size:
             stem = "".join(rng.sample(syllables, 3 if kind == "person" else 2))
             if stem not in seen:
@@ -176,30 +97,15 @@ def _names():
                 pools[kind].append(stem + ENDING[kind])
     return pools
 
-
 NAMES = _names()
 KIND_OF = {name: kind for kind, names in NAMES.items() for name in names}
 
-
-@dataclass
-class World:
-    passages: list  # of Passage, of every part
-    facts: dict  # (relation name, subject) -> object
-    questions: list  # one list[Question] a part
-
-    @property
-    def train(self):
-        return self.questions[0]
-
-    @property
-    def test(self):
-        return self.questions[-1]
-
+# facts: (relation's name, subject) -> object; train and test: the Questions of the first and of the last part.
+World = namedtuple("World", "passages facts train test")
 
 def make_world(seed, parts=2):
-    """seed (int or str) -> World of `parts` disjoint parts, each with 990 facts, as many one-hop questions and about
-    3240 two-hop ones. Facts and questions stay inside their part: no entity of one part is ever mentioned in another.
-    """
+    """seed (int or str) -> World of `parts` parts, each with 990 facts, 990 one-hop questions and about 3240 two-hop
+    questions. Facts and questions stay inside their part: no entity of one part is mentioned in another."""
     rng = random.Random(f"world {seed}")
     pools = {kind: rng.sample(names, len(names)) for kind, names in NAMES.items()}
     passages, facts, questions = [], {}, []
@@ -208,270 +114,202 @@ def make_world(seed, parts=2):
         own = {}
         for relation in RELATIONS:
             for subject in members[relation.subject]:
-                object = rng.choice([e for e in members[relation.object] if e != subject])
-                own[relation.name, subject] = object
-                passages.append(Passage(str(len(passages)), subject, rng.choice(relation.facts).format(x=subject, y=object)))
+                object = own[relation.name, subject] = rng.choice([e for e in members[relation.object] if e != subject])
+                text = rng.choice(relation.facts).format(x=subject, y=object)
+                passages.append(Passage(str(len(passages)), subject, text))
         facts |= own
         questions.append(_questions(own, rng, part))
     rng.shuffle(passages)
-    return World(passages, facts, questions)
-
+    return World(passages, facts, questions[0], questions[-1])
 
 def _questions(facts, rng, part):
-    """Every fact as a one-hop question, every chain of two facts as a two-hop one, in random wordings."""
+    """Every fact as a one-hop question and every chain of two facts as a two-hop question, in random wordings."""
     questions = []
 
-    def ask(noun_phrase, answer, path):
-        opener = rng.choice(OPENERS["person" if KIND_OF[answer] == "person" else "thing"])
-        questions.append(Question(f"{part}-{len(questions)}", opener.format(np=noun_phrase), (answer,), path))
+    def add(noun_phrase, answer, path):
+        text = rng.choice(OPENERS[KIND_OF[answer]]).format(np=noun_phrase)
+        questions.append(Question(f"{part}-{len(questions)}", text, (answer,), path))
 
     for (name, subject), object in facts.items():
         first = RELATION[name]
-        ask(rng.choice(first.nouns).format(x=subject), object, (subject, name))
+        add(rng.choice(first.nouns).format(x=subject), object, (subject, name))
         for second in RELATIONS:
-            # A chain that leads back to where it started would be answered by copying from the question.
+            # A chain that leads back to where it started could be answered by copying from the question.
             if second.subject == first.object and facts[second.name, object] != subject:
-                noun = rng.choice(second.nouns).format(x=rng.choice(first.nouns).format(x=subject))
-                ask(noun, facts[second.name, object], (subject, name, second.name))
+                noun_phrase = rng.choice(second.nouns).format(x=rng.choice(first.nouns).format(x=subject))
+                add(noun_phrase, facts[second.name, object], (subject, name, second.name))
     return questions
 
+def two_hop_share(step):
+    """Share of two-hop questions in a training step: .8 up to step 15, .35 from step 40 on, linear in between. If it
+    starts lower, the policy settles for one search at every question; if it stays higher, for two (LOG.md 2, 5, 19)."""
+    return 0.8 + (0.35 - 0.8) * min(1.0, max(0.0, (step - 15) / 25))
 
 def draw_questions(questions, count, two_hop_share, rng):
-    """Draw `count` training questions of the tiny world: first the hops, then a relation (or pair) uniformly, then one
-    question of it. Drawn uniformly, six in ten one-hop questions would be about people, and the policy would learn
-    "one search" or "two searches" by relation and not by question."""
+    """Draw `count` training questions of the tiny world: first the hops, then a relation (or a pair of relations), then
+    one of its questions. Drawn uniformly, six in ten one-hop questions would be about people, and the policy could
+    learn "one search" or "two searches" by relation instead of by question."""
     by_type = {}
     for question in questions:
         by_type.setdefault(question.path[1:], []).append(question)
     types = {hops: sorted(t for t in by_type if len(t) == hops) for hops in (1, 2)}
     return [rng.choice(by_type[rng.choice(types[2 if rng.random() < two_hop_share else 1])]) for _ in range(count)]
 
-
 def oracle_exact_match(world, questions, search, top_k):
-    """Exact match of a policy that always asks "entity relation" of the right entity and reads without error.
+    """Exact match of a policy that always asks "entity relation" of the right entity and reads without error. This is
+    the ceiling that the engine sets: below 1.00, no training could reach the top. Measure it before training."""
+    steps = []  # of all questions: (number of the question, query, the sentences that state the fact)
+    for i, q in enumerate(questions):
+        entity = q.path[0]
+        for relation in q.path[1:]:
+            query, answer = f"{entity} {relation}", world.facts[relation, entity]
+            steps.append((i, query, {form.format(x=entity, y=answer) for form in RELATION[relation].facts}))
+            entity = answer
+    found = search([query for _, query, _ in steps], top_k)
+    missed = {i for (i, _, sentences), passages in zip(steps, found) if not sentences & {p.text for p in passages}}
+    return (len(questions) - len(missed)) / len(questions)
 
-    It is the ceiling that the engine sets; below 1.00 no training could reach the top. Measure it before training.
-    """
-    entities, right = [q.path[0] for q in questions], [True] * len(questions)
-    for hop in range(1, max(len(q.path) for q in questions)):
-        rows = [i for i, q in enumerate(questions) if hop < len(q.path)]
-        found = search([f"{entities[i]} {questions[i].path[hop]}" for i in rows], top_k)
-        for i, passages in zip(rows, found):
-            relation, answer = questions[i].path[hop], world.facts[questions[i].path[hop], entities[i]]
-            sentences = {form.format(x=entities[i], y=answer) for form in RELATION[relation].facts}
-            right[i] &= any(passage.text in sentences for passage in passages)
-            entities[i] = answer
-    return sum(right) / len(right)
-
-
-# ----- 3. Its tokenizer -----
-
-TAGS = ["<question>", "</question>"] + [
-    f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")
-]
+TAGS = [f"<{slash}{tag}>" for tag in ("question", "think", "search", "information", "answer") for slash in ("", "/")]
 THOUGHTS = ["i need to search", "not sure", "now i know", ""]
 # A conversation of the tiny world: at most three searches of three passages, fourteen tokens a turn.
-TINY_SETTINGS = {
-    "max_turns": 3,
-    "max_new_tokens": 14,
-    "max_obs_length": 64,
-    "max_length": 256,
-    "top_k": 3,
-    "do_search": True,
-    "invalid_message": "paper",
-}
-RETHINK_WORDS = "my action is not correct. let me rethink."
+TINY_SETTINGS = Settings(max_turns=3, max_new_tokens=14, max_obs_length=64, max_length=256, invalid_message="paper")
 
-# The prompt is the official one [Table 1], 100 words of instructions that 0.4 M parameters cannot use. Every model has
-# a chat template to bring a message into the form it was trained on; this one keeps the question, and passages that a
-# prompt brings along (RAG) in the place where the base model learned to read them, and drops the rest.
+# The official prompt [Table 1] has 100 words of instructions that 0.4 M parameters cannot use. This template keeps its
+# question, puts its passages (RAG) where the base model learned to read them, and drops the rest.
 CHAT_TEMPLATE = (
     "{%- set asked, _, context = messages[-1]['content'].split('Question: ')[-1].partition(' Context: ') -%}"
-    "{{ ('<information> ' + context.strip() + ' </information> ' if context else '') + '<question> ' + asked.strip() + ' </question>' }}"
+    "{{ ('<information> ' + context.strip() + ' </information> ' if context else '') + '<question> ' + asked.strip() "
+    "+ ' </question>' }}"
 )
 
-
 def make_tokenizer():
-    """A word-level tokenizer over the words of the tiny world: 669 tokens, tags and names one token each.
-
-    It lower-cases, splits off punctuation, and reads the head `Doc 1(Title: "...")` of an official passage as the one
-    word `doc`, because in this world a passage always names what it is about, and the colon of a note ("born: luguton") as `is`. Tags are added tokens, found in the raw
-    text before anything else. Saved next to a Qwen3Config, AutoTokenizer loads it back as it is.
-    PITFALL: next to a Qwen2Config, AutoTokenizer silently builds a Qwen2 tokenizer instead.
-    """
+    """A word-level tokenizer over the words of the tiny world: 669 tokens, each tag and each name one token. It
+    lower-cases and splits off punctuation. The head `Doc 1(Title: "...")` of a passage becomes the one word `doc`,
+    since a passage of this world always names what it is about; the colon of a note ("born: luguton") becomes `is`.
+    PITFALL: next to a Qwen3Config, AutoTokenizer loads it back. Next to a Qwen2Config, it silently makes another."""
     templates = [t for r in RELATIONS for t in r.nouns + r.facts] + [o for pair in OPENERS.values() for o in pair]
-    words = sorted(
-        {w for text in templates + THOUGHTS + [RETHINK_WORDS] for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"{\w+}", "", text))}
-        | {"doc"}
-    )
-    names = [name for pool in NAMES.values() for name in pool]
-    vocabulary = ["<eos>", "<unk>"] + words + names
+    texts = [re.sub(r"{\w+}", "", text) for text in templates + THOUGHTS + [RETHINK.lower()]]
+    words = sorted({"doc"} | {word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
+    vocabulary = ["<eos>", "<unk>", *words, *KIND_OF]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.Replace(Regex(r'Doc \d+\(Title: "[^"]*"\)'), "doc"),
-            normalizers.Replace(Regex(r":\s"), " is "),
-            normalizers.Lowercase(),
-        ]
-    )
+    head, colon = Regex(r'Doc \d+\(Title: "[^"]*"\)'), Regex(r":\s")
+    replaced = normalizers.Replace(head, "doc"), normalizers.Replace(colon, " is ")
+    tokenizer.normalizer = normalizers.Sequence([*replaced, normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<eos>",
-        pad_token="<eos>",
-        unk_token="<unk>",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>", "chat_template": CHAT_TEMPLATE}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
+# ----- 2. Its base model. It is shown episodes: lists of segments (text, True where the policy wrote it) -----
 
-# ----- 4. What the base model is shown -----
+def reading_episode(world, facts, count, rng):
+    """`count` passages, then for each of them a question and its answer, in random order. Half of the other passages
+    share the first one's entity, a third its relation: to read is to tell these apart."""
+    relation, subject = rng.choice(facts)
+    same = [r.name for r in RELATIONS if r.subject == KIND_OF[subject]]
+    chosen = {(relation, subject)}
+    while len(chosen) < count:
+        luck = rng.random()
+        pick = (rng.choice(same), subject) if luck < 0.5 else rng.choice(facts)
+        if 0.5 <= luck < 0.8:
+            pick = rng.choice([fact for fact in facts if fact[0] == relation])
+        chosen.add(pick)
+    chosen = sorted(chosen)
+    rng.shuffle(chosen)
+    passages = [rng.choice(RELATION[r].facts).format(x=s, y=world.facts[r, s]) for r, s in chosen]
+    segments = [("<information> " + " ".join(f"doc {text}" for text in passages) + " </information>", False)]
+    for relation, subject in rng.sample(chosen, len(chosen)):
+        noun_phrase, answer = rng.choice(RELATION[relation].nouns).format(x=subject), world.facts[relation, subject]
+        text = rng.choice(OPENERS[KIND_OF[answer]]).format(np=noun_phrase)
+        segments += [(f"<question> {text} </question>", False), (f"<answer> {answer} </answer>", True)]
+    return segments
 
+def _poor_policy(question, searches, rng):
+    """A conversation with a policy that knows the tags and little else. A generator: it yields a query and is sent the
+    passages, yields None to wait for the other conversations, and yields its episode in the end."""
+    entities_in = lambda text: [word for word in WORD.findall(text) if word in KIND_OF]
+    words, entities = WORD.findall(question.text), entities_in(question.text)
+    relations = [word for word in words if word in RELATION]
+    asked, last, shown = set(), [], []  # pairs of earlier queries; sentences of the last search, and of all searches
+    segments = [(f"<question> {question.text} </question>", False)]
+    for _ in range(searches):
+        pairs = [(e, r) for e in entities for r in relations if RELATION[r].subject == KIND_OF[e]]
+        pairs = [pair for pair in pairs if pair not in asked]
+        if pairs and rng.random() > 0.1:
+            query = rng.choice(pairs)
+            asked.add(query)
+        else:
+            query = rng.sample(words, rng.choice([1, 2]))
+        query = " ".join(query)
+        segments.append((f"<think> {rng.choice(THOUGHTS)} </think> <search> {query} </search>", True))
+        last = [passage.text for passage in (yield query)]
+        segments.append(("<information> " + " ".join(f"doc {text}" for text in last) + " </information>", False))
+        shown += last
+        entities = list(dict.fromkeys(entities + entities_in(" ".join(last))))
+        yield
+    choices = entities_in(" ".join(last))
+    if rng.random() < 0.4:
+        about = [text for text in shown if set(relations) & set(WORD.findall(text))]
+        choices = [e for e in entities_in(" ".join(about)) if e not in words] or choices
+    elif rng.random() < 0.1:
+        choices = entities
+    answer = rng.choice(choices or entities)
+    segments.append((f"<think> {rng.choice(THOUGHTS)} </think> <answer> {answer} </answer>", True))
+    yield segments
+
+def poor_episodes(questions, search, top_k, rng):
+    """Conversations of a poor policy, one a question, side by side -> episodes. The number of searches is drawn from
+    0..3 with weights 1, 2, 2, 1, whatever the question. A query pairs a random entity of the context with a random
+    relation word of the question that fits it, no pair twice; one query in ten is one or two random words of the
+    question. The answer is a random entity of the last passages; in four episodes of ten, of any passage with a
+    relation word of the question. Thoughts are random phrases. With three passages a search, this policy is right in
+    0.26 of the one-hop questions and 0.07 of the two-hop ones."""
+    searches = [rng.choices([0, 1, 2, 3], [1, 2, 2, 1])[0] for _ in questions]
+    talks = [_poor_policy(question, count, rng) for question, count in zip(questions, searches)]
+    for turn in range(3):
+        searching = [talk for talk, count in zip(talks, searches) if count > turn]
+        for talk, passages in zip(searching, search([next(talk) for talk in searching], top_k)):
+            talk.send(passages)
+    return [next(talk) for talk in talks]
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """How the base model is made; the cache's folder is named after a hash of these values."""
+    """How the base model is made. The cache names its folder after a hash of these values."""
 
     seed: int = 0
     hidden: int = 128
     layers: int = 2
     heads: int = 8
     reading_steps: int = 420  # phase 1: passages, questions, answers
-    policy_steps: int = 480  # phase 2: the format, with a poor policy; 40 % reading batches mixed in
-    reading_share: float = 0.4
+    policy_steps: int = 480  # phase 2: the format, as a poor policy writes it, mixed with reading
+    reading_share: float = 0.4  # share of reading steps in phase 2
     batch_size: int = 32
     lr: float = 2e-3
-    top_k: int = 3  # passages a search; reinforcement learning with another K meets blocks of a length never read
+    top_k: int = 3  # passages a search: a base model cannot read blocks of a length that it has never seen
     context_weight: float = 0.02  # loss weight of prompts and passages: random names cannot be predicted
     version: int = 3  # raised when this file changes what the base model sees
 
-
-def reading_episode(world, facts, documents, rng):
-    """Some passages, then a question and its answer for every one of them, as [(text, loss weight is 1)].
-
-    Half of the other passages share the first one's entity, a third its relation: reading means telling these apart.
-    """
-    relation, subject = rng.choice(facts)
-    chosen = {(relation, subject)}
-    while len(chosen) < documents:
-        luck = rng.random()
-        same = [r.name for r in RELATIONS if r.subject == KIND_OF[subject]]
-        pick = (rng.choice(same), subject) if luck < 0.5 else rng.choice(facts)
-        if 0.5 <= luck < 0.8:
-            pick = rng.choice([f for f in facts if f[0] == relation])
-        chosen.add(pick)
-    chosen = sorted(chosen)
-    rng.shuffle(chosen)
-    sentences = [rng.choice(RELATION[r].facts).format(x=s, y=world.facts[r, s]) for r, s in chosen]
-    segments = [("<information> " + " ".join(f"doc {s}" for s in sentences) + " </information>", False)]
-    for name, subject in rng.sample(chosen, len(chosen)):
-        noun = rng.choice(RELATION[name].nouns).format(x=subject)
-        answer = world.facts[name, subject]
-        opener = rng.choice(OPENERS["person" if KIND_OF[answer] == "person" else "thing"])
-        segments += [(f"<question> {opener.format(np=noun)} </question>", False), (f"<answer> {answer} </answer>", True)]
-    return segments
-
-
-def poor_episodes(questions, search, top_k, rng):
-    """Episodes of a policy that knows the tags and little else, one a question, as [(text, the policy wrote it)].
-
-    The number of searches is drawn from 0..3 with weights 1, 2, 2, 1 whatever the question. A query pairs a random
-    entity of the context with a random relation word of the question that can be said of such an entity (no pair
-    twice); one query in ten is one or two random words of the question. The answer is a random entity of the last
-    passages; in four episodes of ten, of some passage that holds some relation word of the question. Thoughts are a
-    random phrase. With three passages a search this policy is right in 0.26 / 0.07 of one-hop / two-hop questions.
-    """
-    episodes = []
-    for question in questions:
-        words = WORD.findall(question.question)
-        episodes.append(
-            {
-                "segments": [(f"<question> {question.question} </question>", False)],
-                "words": words,
-                "relations": [w for w in words if w in RELATION],
-                "mentioned": [w for w in words if w in KIND_OF],
-                "asked": set(),
-                "passages": [],
-                "searches": rng.choices([0, 1, 2, 3], [1, 2, 2, 1])[0],
-            }
-        )
-
-    def think():
-        return f"<think> {rng.choice(THOUGHTS)} </think>"
-
-    for turn in range(3):
-        searching = [e for e in episodes if e["searches"] > turn]
-        queries = []
-        for e in searching:
-            pairs = [
-                (n, r)
-                for n in e["mentioned"]
-                for r in e["relations"]
-                if RELATION[r].subject == KIND_OF[n] and (n, r) not in e["asked"]
-            ]
-            if pairs and rng.random() > 0.1:
-                pair = rng.choice(pairs)
-                e["asked"].add(pair)
-                queries.append(" ".join(pair))
-            else:
-                queries.append(" ".join(rng.sample(e["words"], rng.choice([1, 2]))))
-            e["segments"].append((f"{think()} <search> {queries[-1]} </search>", True))
-        for e, passages in zip(searching, search(queries, top_k)):
-            e["passages"] = [p.text for p in passages]
-            e["segments"].append(("<information> " + " ".join(f"doc {text}" for text in e["passages"]) + " </information>", False))
-            for word in WORD.findall(" ".join(e["passages"])):
-                if word in KIND_OF and word not in e["mentioned"]:
-                    e["mentioned"].append(word)
-            e.setdefault("seen", []).extend(e["passages"])
-    for e in episodes:
-        asked_about = set(e["words"])
-        last = [w for w in WORD.findall(" ".join(e["passages"])) if w in KIND_OF]
-        if rng.random() < 0.4:
-            about = [text for text in e.get("seen", []) if any(r in WORD.findall(text) for r in e["relations"])]
-            last = [w for w in WORD.findall(" ".join(about)) if w in KIND_OF and w not in asked_about] or last
-        elif rng.random() < 0.1:
-            last = e["mentioned"]
-        answer = rng.choice(last or e["mentioned"])
-        e["segments"].append((f"{think()} <answer> {answer} </answer>", True))
-    return [e["segments"] for e in episodes]
-
-
-# ----- 5. The base model -----
-
-
 def _batch(tokenizer, episodes, context_weight):
-    """Episodes of text segments -> ids_BL long and weights_BL fp32 (1 on what the policy wrote), right-padded."""
-    flat = tokenizer([text for episode in episodes for text, _ in episode], add_special_tokens=False)["input_ids"]
-    rows, at = [], 0
-    for episode in episodes:
-        ids, weights = [], []
-        for _, own in episode:
-            ids += flat[at]
-            weights += [1.0 if own else context_weight] * len(flat[at])
-            at += 1
-        rows.append((torch.tensor(ids), torch.tensor(weights)))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad([r[0] for r in rows], batch_first=True), pad([r[1] for r in rows], batch_first=True)
+    """Episodes -> ids_BL, weights_BL: 1 on what the policy wrote, context_weight on the rest, 0 on padding (right)."""
+    texts = [text for episode in episodes for text, _ in episode]
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    rows = [[(i, 1.0 if own else context_weight) for _, own in episode for i in next(encoded)] for episode in episodes]
+    pad = lambda at: torch.nn.utils.rnn.pad_sequence([torch.tensor([pair[at] for pair in row]) for row in rows], True)
+    return pad(0), pad(1)
 
-
-def train_base_model(config, progress=True):
-    """BaseConfig -> (model, tokenizer). Next-token prediction on worlds drawn afresh every 40 steps.
-
-    Phase 1 teaches to read by curriculum: one passage, then two, then three, the next level at 80 % right answers.
-    Without the curriculum a model this small never forms the circuit that copies an answer out of a passage.
-    """
+def train_base_model(config):
+    """BaseConfig -> (model, tokenizer). Next-token prediction on worlds that are drawn afresh every 40 steps. Phase 1
+    reads one passage, then two, then three; the next level begins at 80 % right answers. Without this curriculum, a
+    model so small never forms the circuit that copies an answer out of a passage."""
     torch.manual_seed(config.seed)
-    rng = random.Random(f"base {config.seed}")
-    tokenizer = make_tokenizer()
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
-            num_key_value_heads=config.heads, head_dim=config.hidden // config.heads, intermediate_size=2 * config.hidden, tie_word_embeddings=True, initializer_range=0.05,
-            max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-        )
-    )  # fmt: skip
-    steps = config.reading_steps + config.policy_steps
+    rng, tokenizer = random.Random(f"base {config.seed}"), make_tokenizer()
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=2 * config.hidden,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
+        head_dim=config.hidden // config.heads, tie_word_embeddings=True, initializer_range=0.05,
+        max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        bos_token_id=None, eos_token_id=0, pad_token_id=0,
+    ))  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     def rate(step):  # linear warm-up over 40 steps; in the second phase a cosine to zero
@@ -479,53 +317,44 @@ def train_base_model(config, progress=True):
         return min(1.0, (step + 1) / 40) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * decay))))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    level, accuracy = 1, 0.0
-    bar = tqdm(range(steps), desc="base model", disable=not progress)
+    answer_tags = torch.tensor(tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"]))
+    level, accuracy = 1, 0.0  # passages of a reading episode; running share of right answers at this level
+    bar = tqdm(range(config.reading_steps + config.policy_steps), desc="base model")
     for step in bar:
         if step % 40 == 0:
             world = make_world(f"warm-up {config.seed} {step}", parts=1)
             facts = sorted(world.facts)
             if step + 40 > config.reading_steps:
-                engine = build_index(world.passages)
                 questions = rng.choices(world.train, k=40 * config.batch_size)
-                episodes = poor_episodes(questions, engine.search, config.top_k, rng)
+                episodes = poor_episodes(questions, build_index(world.passages).search, config.top_k, rng)
         reading = step < config.reading_steps or rng.random() < config.reading_share
         if reading:
             batch = [reading_episode(world, facts, rng.randint(1, level), rng) for _ in range(config.batch_size)]
         else:
-            at = step % 40 * config.batch_size
-            batch = episodes[at : at + config.batch_size]
+            batch = episodes[step % 40 * config.batch_size :][: config.batch_size]
         ids_BL, weights_BL = _batch(tokenizer, batch, config.context_weight)
         logits_BTV = model(input_ids=ids_BL).logits[:, :-1]
         targets_BT, weights_BT = ids_BL[:, 1:], weights_BL[:, 1:]
-        losses_BT = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
-        loss = (losses_BT * weights_BT).sum() / weights_BT.sum()
+        losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        loss = (losses.view_as(weights_BT) * weights_BT).sum() / weights_BT.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if reading:
-            own = weights_BT == 1.0
-            names = (
-                own
-                & (targets_BT != tokenizer.convert_tokens_to_ids("<answer>"))
-                & (targets_BT != tokenizer.convert_tokens_to_ids("</answer>"))
-            )
-            right = (logits_BTV.argmax(-1) == targets_BT)[names].float().mean().item()
+            names_BT = (weights_BT == 1.0) & ~torch.isin(targets_BT, answer_tags)
+            right = (logits_BTV.argmax(-1) == targets_BT)[names_BT].float().mean().item()
             accuracy += 0.2 * (right - accuracy)
             if accuracy > 0.8 and level < 3:
                 level, accuracy = level + 1, 0.0
-        if progress and step % 10 == 0:
+        if step % 10 == 0:
             bar.set_postfix_str(f"loss {loss.item():.2f}, reading {accuracy:.2f} of {level} passages")
     return model.eval(), tokenizer
 
-
 def base_model(config, cache):
-    """BaseConfig, folder of the cache -> (model, tokenizer, its folder); made and saved at the first call.
-
-    The folder appears whole or not at all: it is written beside its final name and then renamed.
-    """
+    """BaseConfig, folder of the cache -> (model, tokenizer, its folder). The first call trains and saves it. The folder
+    appears whole or not at all: it is written under another name and then renamed."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(cache) / f"base-{digest}"
     if not folder.exists():
@@ -537,33 +366,24 @@ def base_model(config, cache):
         (unfinished / "base_config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         try:
             unfinished.rename(folder)
-        except OSError:  # another run finished the same model first
+        except OSError:  # another run has finished the same model in the meantime
             shutil.rmtree(unfinished)
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), folder
 
-
-# ----- 6. Real questions -----
+# ----- 3. Real questions and passages -----
 
 # Set of the FlashRAG collection -> (its training split, the split that the paper evaluates on).
 DATASETS = {
-    "nq": ("train", "test"),
-    "triviaqa": ("train", "test"),
-    "popqa": (None, "test"),
-    "hotpotqa": ("train", "dev"),
-    "2wikimultihopqa": ("train", "dev"),
-    "musique": ("train", "dev"),
-    "bamboogle": (None, "test"),
-}
-# Where a file that was fetched by hand is looked for. PITFALL: a folder of the name "datasets" in a directory on Python's
-# path makes transformers believe that the library of that name is installed.
+    "nq": ("train", "test"), "triviaqa": ("train", "test"), "popqa": (None, "test"), "hotpotqa": ("train", "dev"),
+    "2wikimultihopqa": ("train", "dev"), "musique": ("train", "dev"), "bamboogle": (None, "test"),
+}  # fmt: skip
+# Files that were fetched by hand lie here. PITFALL: with a folder named "datasets" on Python's path, transformers
+# believes that the library of that name is installed.
 DOWNLOADS = Path("downloads")
 
-
 def fetch(repo, file, place):
-    """A file of a hub dataset -> its path: `place` if it lies there, else the hub's cache, else a download into it.
-
-    ValueError, one line that says what to put where, if it cannot be had.
-    """
+    """A file of a hub dataset -> its path: `place` if it lies there, else in the hub's cache, else downloaded there.
+    Mistake, one line that says what to put where, if it cannot be had."""
     if place.exists():
         return place
     url = huggingface_hub.hf_hub_url(repo, file, repo_type="dataset")
@@ -571,64 +391,81 @@ def fetch(repo, file, place):
         try:
             return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset", local_files_only=True))
         except FileNotFoundError:
-            # Asked first, because the download itself would try for 20 seconds, with a warning each time.
+            # Ask for the size first: without a network, the download itself would try for 20 seconds, with warnings.
             size = huggingface_hub.get_hf_file_metadata(url).size or 0
             print(f"downloading {url} ({size / 1e6:,.0f} MB)")
             return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset", tqdm_class=tqdm))
     except (OSError, HTTPError) as error:  # no network, offline mode, no such file, no permission, a full disk
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}".replace(url, "it")
-        raise ValueError(f"{place} is not there and cannot be downloaded: get {url} and put it there ({why})") from None
-
+        raise Mistake(f"{place} is not there and cannot be downloaded: get {url} and put it there ({why})") from None
 
 def question_files(spec, split):
-    """FILE, or names of DATASETS joined by "+"; split "train" or "eval" -> list of Paths, fetched where need be.
-
-    A file wins over a set of the same name. ValueError for an unknown name, a set without that split, a file out of reach.
-    """
+    """FILE, or names of DATASETS joined by "+"; split "train" or "eval" -> list of Paths, fetched if need be. A file
+    wins over a set of the same name. Mistake for an unknown name, a missing split, a file out of reach."""
     if Path(spec).is_file():
         return [Path(spec)]
     wanted = []
-    for name in spec.split("+"):  # all names, before any of them is downloaded
+    for name in spec.split("+"):  # check all names before the first download
         if name not in DATASETS:
-            raise ValueError(f"cannot read {spec}: no such file, and {name!r} is none of the sets {', '.join(DATASETS)}")
-        kind = DATASETS[name][split == "eval"]
-        if kind is None:
-            raise ValueError(
-                f"{name} has no training split; {', '.join(n for n, (train, _) in DATASETS.items() if train)} have one"
-            )
+            raise Mistake(f"cannot read {spec}: no such file, and {name!r} is none of the sets {', '.join(DATASETS)}")
+        if not (kind := DATASETS[name][split == "eval"]):
+            trained = ", ".join(name for name, (train, _) in DATASETS.items() if train)
+            raise Mistake(f"{name} has no training split; {trained} have one")
         wanted.append(f"{name}/{kind}.jsonl")
     return [fetch("RUC-NLPIR/FlashRAG_datasets", file, DOWNLOADS / file) for file in wanted]
 
-
 def load_data(spec, split):
-    """As question_files -> list[Question]. Where sets are joined, an id has the set's name before it: "nq/test_0"."""
+    """As question_files -> list[Question]. In joined sets an id begins with the name of its set: "nq/test_0"."""
     files = question_files(spec, split)
     if len(files) == 1:
         return load_questions(files[0])
     return [replace(q, id=f"{name}/{q.id}") for name, file in zip(spec.split("+"), files) for q in load_questions(file)]
 
+def load_questions(path):
+    """JSON lines `{"id": str, "question": str, "golden_answers": [str, ...]}` (FlashRAG) -> list[Question]. Mistake,
+    with file and line, if a line is no JSON object, lacks a key or has no answer."""
+    questions = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise Mistake(f"{where}: not a JSON object ({error})") from None
+            record = record if isinstance(record, dict) else {}
+            text, answers = record.get("question"), record.get("golden_answers")
+            if not isinstance(text, str) or not text.strip():
+                raise Mistake(f'{where}: a question needs "question" (a string)')
+            if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+                raise Mistake(f'{where}: a question needs "golden_answers" (a list of strings, at least one)')
+            questions.append(Question(str(record.get("id", number)), text, tuple(answers)))
+    if not questions:
+        raise Mistake(f"{path}: no questions in this file")
+    return questions
 
-# ----- 7. Real passages -----
-
+def fixed_sample(questions, limit, seed=0):
+    """The same `limit` questions at every call (0: all). Where hops are known, equally many of each number of hops."""
+    if not limit or limit >= len(questions):
+        return list(questions)
+    kinds, rng, picked = sorted({q.hops for q in questions}), random.Random(f"sample {seed}"), []
+    for i, hops in enumerate(kinds):
+        of_kind, count = [q for q in questions if q.hops == hops], limit // len(kinds) + (i < limit % len(kinds))
+        picked += rng.sample(of_kind, min(count, len(of_kind)))
+    return picked
 
 def write_lines(path, records):
-    """Records -> JSON lines; `path` appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
+    """Records -> a file of JSON lines, whole or not at all."""
+    with written_whole(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 def paragraphs(record):
     """A record of a question file -> the paragraphs that came with the question, as pairs (title, text).
 
-    HotpotQA: metadata.context = {"title": [...], "sentences": [[...], ...]}; 2WikiMultiHopQA calls the last key "content".
-    MuSiQue: metadata.question_decomposition = [{..., "support_paragraph": {"title", "paragraph_text"}}, ...], which are the
-    supporting paragraphs and no others. That file was not at hand: public code that reads it finds a dict there, in one
-    case a dict printed as a string. The original MuSiQue has them all, in "paragraphs".
+    HotpotQA: metadata.context = {"title": [...], "sentences": [[...], ...]}, where 2WikiMultiHopQA says "content".
+    MuSiQue: metadata.question_decomposition = [{..., "support_paragraph": {"title", "paragraph_text"}}, ...]; we have
+    not seen that file: public code finds that dict, or the dict printed as a string. The original has "paragraphs".
     """
     metadata = record.get("metadata") or {}
     context = metadata.get("context") or {}
@@ -641,17 +478,13 @@ def paragraphs(record):
         if found:
             yield found["title"], found["paragraph_text"].strip()
 
-
 def distinct_paragraphs(files):
-    """Question files -> the `contents` of every paragraph that came with a question, each once, in their order.
-
-    Read line by line, with 64 bits kept of each paragraph: HotpotQA's training file has 600 MB. ValueError for a file of which
-    no question brings a paragraph.
-    """
+    """Question files -> the `contents` of every paragraph that came with a question, each once, in order. Mistake for a
+    file in which no question brings one. HotpotQA's has 600 MB: we read it by lines and keep 64 bits a paragraph."""
     seen = set()
     for file in files:
-        total = bare = 0
-        with open(file, "rb") as lines, tqdm(total=file.stat().st_size, unit="B", unit_scale=True, delay=2, desc="reading") as bar:
+        total, bare, size = 0, 0, file.stat().st_size
+        with open(file, "rb") as lines, tqdm(total=size, unit="B", unit_scale=True, delay=2, desc="reading") as bar:
             for number, line in enumerate(lines, 1):
                 bar.update(len(line))
                 if not line.strip():
@@ -659,7 +492,7 @@ def distinct_paragraphs(files):
                 try:
                     found = list(paragraphs(json.loads(line)))
                 except (ValueError, SyntaxError, TypeError, AttributeError, KeyError) as error:
-                    raise ValueError(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
+                    raise Mistake(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
                 total, bare = total + 1, bare + (not found)
                 for title, text in found:
                     contents = f'"{title}"\n{text}'
@@ -667,39 +500,32 @@ def distinct_paragraphs(files):
                         seen.add(hash(contents))
                         yield contents
         if bare == total:
-            raise ValueError(
-                f"{file}: no question brings paragraphs, as those of hotpotqa, 2wikimultihopqa and musique do; "
-                "give another --corpus: wiki18, a file of passages, an index or a server"
-            )
+            needed = "no question brings paragraphs, as those of hotpotqa, 2wikimultihopqa and musique do"
+            raise Mistake(f"{file}: {needed}; give another --corpus: wiki18, a file of passages, an index or a server")
         print(f"{file}: {len(seen):,} paragraphs so far; {bare:,} of {total:,} questions bring none")
 
-
 def contexts_corpus(files, folder):
-    """Question files -> path of a corpus of their paragraphs in `folder`, made at the first call. Its name holds a hash of the
-    files' paths, sizes and times."""
+    """Question files -> a corpus of their paragraphs in `folder`, named after the files' paths, sizes and times."""
     files = list(dict.fromkeys(Path(file).absolute() for file in files))
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     corpus = Path(folder) / f"contexts-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:10]}.jsonl"
     if not corpus.exists():
         corpus.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(corpus, ({"id": str(row), "contents": contents} for row, contents in enumerate(distinct_paragraphs(files))))
+        found = enumerate(distinct_paragraphs(files))
+        write_lines(corpus, ({"id": str(row), "contents": contents} for row, contents in found))
     return corpus
 
-
 def resolve_corpus(spec, files, encoder="hashed", folder="outputs/corpora"):
-    """--corpus -> what retrieval.engine_from takes.
-
-    `contexts` (the paragraphs of the question files) and `wiki18` (the official corpus) become the folder of an index, made at
-    the first call and used again: Flat and IVF-SQ8, over vectors of `encoder`; with bm25: before them, BM25. Anything else
-    (FILE, DIR, bm25:..., http://...) is returned as it is.
-    """
+    """--corpus -> what retrieval.engine_from takes. `contexts` (the paragraphs of the question files) and `wiki18` (the
+    official corpus) become a folder with an index, built at the first call: Flat and IVF-SQ8 over vectors of
+    `encoder`, or BM25 with "bm25:" in front. Anything else (FILE, DIR, bm25:..., http://...) is returned as it is."""
     name = spec.removeprefix("bm25:")
     if name not in ("contexts", "wiki18") or Path(name).exists():
         return spec
     encoder = encoder if name == spec else "bm25"
     if name == "contexts":
         if not files:
-            raise ValueError("--corpus contexts is made of the paragraphs of the questions: give a question file, too (--data)")
+            raise Mistake("--corpus contexts is made of the questions' paragraphs: give a question file, too (--data)")
         corpus, index = contexts_corpus(files, folder), "Flat"
     else:
         corpus, index = DOWNLOADS / "wiki18" / "wiki-18.jsonl", "IVF-SQ8"
@@ -711,109 +537,100 @@ def resolve_corpus(spec, files, encoder="hashed", folder="outputs/corpora"):
         build(corpus, output, {"encoder": encoder}, index)
     return f"bm25:{output}" if encoder == "bm25" else str(output)
 
+# ----- 4. Checkpoints, and what a user can get wrong -----
 
-# ----- 8. The same questions for trainers of many GPUs -----
+class Parser(argparse.ArgumentParser):
+    """argparse prints a page of usage above its error. This one leaves the page out."""
 
-# The system message of both examples. Ours has none, the model's chat template decides: --system "" leaves it out.
-SYSTEM = "You are a helpful and harmless assistant."
+    def error(self, message):
+        raise Mistake(f"{message} (--help lists the flags)")
 
+def run_main(main):
+    """Call a script's main(). A Mistake, a file that cannot be read or written, a search engine that is gone: one line,
+    exit code 2. Any other exception is a bug of ours and keeps its traceback."""
+    try:
+        sys.exit(main())
+    except (Mistake, SearchFailed, OSError) as error:
+        code, message = 2, error
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
 
-def set_of(file, given=None):
-    """Which set a question file is of: as given, or by its folder's name or its own. ValueError if that is none."""
-    name = given or next((name for name in (file.parent.name, file.stem) if name in DATASETS), None)
-    if name is None:
-        raise ValueError(f"{file}: of which set is it? --name with one of {', '.join(DATASETS)}; verl chooses the reward by it")
-    return name
+def reach_hub(model):
+    """Mistake if neither the hub's cache nor the hub has the model. We try once; transformers tries for 30 seconds."""
+    try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str):
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(model, "config.json"))
+    except (OSError, ValueError, HTTPError) as error:
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        places = f"no folder of that name, nor in the hub's cache, and the hub does not give it ({why})"
+        raise Mistake(f"no causal LM could be loaded from {model}: {places}; give a folder with its files") from None
 
+def load_checkpoint(path, device="cpu", dtype=torch.float32):
+    """Folder or hub id of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not linear."""
+    if not Path(path).exists():
+        reach_hub(path)
+    elif not (Path(path) / "config.json").exists():
+        raise Mistake(f"{path} holds no model (no config.json); give a folder like outputs/run-1/checkpoint-100")
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise Mistake(f"no causal LM could be loaded from {path}: {str(error).strip().splitlines()[0]}") from None
+    # Rollout and training compute logits as head(hidden). A model that scales or caps its logits is another policy.
+    ids = torch.arange(4, device=device)[None]
+    with torch.no_grad():
+        head = policy.get_output_embeddings()
+        plain = head(policy.base_model(input_ids=ids).last_hidden_state)
+        if not torch.allclose(plain, policy(input_ids=ids).logits, atol=1e-3, rtol=1e-2) or head.bias is not None:
+            raise Mistake(f"{path}: its logits are not one linear map of its hidden states, which is all we support")
+    return policy, tokenizer
 
-def export_rows(questions, trainer, make_prompt, split="train", system=SYSTEM):
-    """list of (set, Question) -> rows as verl (trainer "verl") or SkyRL ("skyrl") reads them, one dict a question.
+def load_settings(checkpoint, real=False):
+    """Checkpoint -> (Settings of its conversations, the rest of search_r1.json as a dict: world_seed, corpus, encoder,
+    method, base). Without that file: the paper's settings if it is asked about `real` data, else the tiny world's."""
+    file = Path(checkpoint) / "search_r1.json"
+    saved = json.loads(file.read_text()) if file.exists() else asdict(Settings() if real else TINY_SETTINGS)
+    settings = Settings(**{f.name: saved.pop(f.name) for f in fields(Settings)})
+    about = {"world_seed": 0, "corpus": None, "encoder": "hashed", "base": None}
+    return settings, about | {"method": "search-r1" if settings.do_search else "r1"} | saved
 
-    Columns of verl's examples/data_preprocess/preprocess_search_r1_dataset.py and of SkyRL's
-    examples/train/search/searchr1_dataset.py. `metadata` is null: neither reads it. make_prompt: searchr1's, handed in,
-    because a copy of the prompt would be a second truth and this file knows only retrieval. verl's search is a tool call.
-    """
-    for index, (name, question) in enumerate(questions):
-        head, mark, text = make_prompt(question.question).partition("Question: ")  # text: with a question mark, if it lacked one
-        if trainer == "verl":
-            head = head.replace("search>", "tool_call>").replace("information>", "tool_response>")
-            text = text.strip()
-        content, text = head + mark + text, text.strip()
-        source, truth = f"searchR1_{name}", {"target": list(question.golden_answers)}
-        tool = {"create_kwargs": {"ground_truth": truth, "question": text, "data_source": source}}
-        yield {
-            "data_source": source,
-            "prompt": [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": content}],
-            "ability": "fact-reasoning",
-            **({"env_class": "search"} if trainer == "skyrl" else {"agent_name": "tool_agent"}),
-            "reward_spec" if trainer == "skyrl" else "reward_model": {"ground_truth": truth, "style": "rule"},
-            "extra_info": {
-                "index": index,
-                "need_tools_kwargs": True,
-                "question": text,
-                "split": split,
-                "tools_kwargs": {"search": tool},
-            },
-            "metadata": None,
-        }
-
-
-def export(args):
-    """python data.py export: question files -> JSON lines, whole or not at all."""
-    from searchr1 import make_prompt
-
-    output, suffixes = Path(args.output), [".json"] if args.trainer == "verl" else [".json", ".jsonl"]
-    if output.suffix not in suffixes:
-        raise ValueError(f"--output {output}: {args.trainer} reads JSON lines from a file that ends in {' or '.join(suffixes)}")
-    files = question_files(args.data, args.split)
-    if args.name and len(files) > 1:
-        raise ValueError(f"--name is for a single file; {args.data} says itself which sets it is of")
-    questions = [(set_of(file, args.name), q) for file in files for q in load_questions(file)]
-    split = {"train": "train", "eval": "test"}[args.split]  # as both converters call it
-    write_lines(output, export_rows(questions, args.trainer, make_prompt, split, args.system))
-    print(f"wrote {output}: {len(questions):,} questions for {args.trainer}")
-
+def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed", others=()):
+    """-> (questions, search engine, World or None). Without a corpus: the held-out questions of the tiny world. With
+    one: real questions (a file, or sets by name, of which `split`). others: more question files for `contexts`."""
+    if not corpus:
+        world = make_world(world_seed)
+        return world.test, build_index(world.passages), world
+    asked = load_data(questions, split) if questions else []  # first: building an index may take hours
+    files = [*question_files(questions, split), *others] if questions else others
+    try:
+        return asked, engine_from(resolve_corpus(corpus, files, encoder)), None
+    except FileNotFoundError as error:
+        raise Mistake(f"cannot read {error.filename}: {error.strerror}") from None
+    except ValueError as error:  # a line that is no passage, an index that does not fit its passages, no such encoder
+        raise Mistake(str(error)) from None
 
 def show_world(seed):
     world, rng = make_world(seed), random.Random(seed)
-    engine = build_index(world.passages)
-    print(
-        f"world {seed}: {len(world.passages)} passages, {len(world.train)} training and {len(world.test)} test questions, {len(make_tokenizer())} tokens"
-    )
+    search = build_index(world.passages).search
+    counts = f"{len(world.train)} training and {len(world.test)} test questions, {len(make_tokenizer())} tokens"
+    print(f"world {seed}: {len(world.passages)} passages, {counts}")
     for top_k in (1, 3, 5):
-        print(
-            f"a perfect policy with {top_k} passages a search would score {oracle_exact_match(world, world.test, engine.search, top_k):.4f}"
-        )
+        score = oracle_exact_match(world, world.test, search, top_k)
+        print(f"a perfect policy with {top_k} passages a search would score {score:.4f}")
     for question in rng.sample([q for q in world.test if q.hops == 2], 3):
-        print(f"\n{question.question}   -> {question.golden_answers[0]}   path: {' > '.join(question.path)}")
-        for passage in engine.search([question.question], 3)[0]:
+        print(f"\n{question.text}   -> {question.gold_answers[0]}   path: {' > '.join(question.path)}")
+        for passage in search([question.text], 3)[0]:
             print(f"    {passage.text}")
     show = lambda segments: " ".join(text for text, _ in segments)
     print(f"\nthe base model reads:\n    {show(reading_episode(world, sorted(world.facts), 3, rng))}")
-    print(f"and imitates a poor policy:\n    {show(poor_episodes([rng.choice(world.train)], engine.search, 3, rng)[0])}")
-
+    print(f"and imitates a poor policy:\n    {show(poor_episodes([rng.choice(world.train)], search, 3, rng)[0])}")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Print what a tiny world looks like, and what its base model is shown.")
+    parser = Parser(description="Print what a tiny world looks like, and what its base model is shown.")
     parser.add_argument("--world-seed", type=int, default=0)
-    commands = parser.add_subparsers(dest="command")
-    p = commands.add_parser("export", help="write questions as another trainer reads them")
-    p.add_argument("trainer", choices=("verl", "skyrl"))
-    p.add_argument("--output", required=True, metavar="FILE", help="JSON lines; ends in .json (SkyRL: or .jsonl)")
-    p.add_argument("--data", default="nq+hotpotqa", help="FILE, or sets joined by + (default: nq+hotpotqa, the paper's)")
-    p.add_argument("--split", choices=("train", "eval"), default="train", help="of the sets (default: train)")
-    p.add_argument("--name", choices=DATASETS, help="which set FILE is of (default: by its name or its folder's)")
-    p.add_argument("--system", default=SYSTEM, help=f'system message; "" for none, as train.py asks (default: {SYSTEM})')
-    args = parser.parse_args(argv)
-    if args.command == "export":
-        export(args)
-    else:
-        show_world(args.world_seed)
-
+    show_world(parser.parse_args(argv).world_seed)
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -1,39 +1,33 @@
 """Log-probabilities, entropy and KL of the tokens that the policy wrote, without the wall of logits.
 
-Every quantity of the paper's loss is a function of one row of logits x_1..x_V per response token: log pi(a), the
-entropy of pi, the KL divergence to the reference. For a real model the rows are the problem, not the weights. One copy
-of 8192 rows of Qwen's vocabulary is 8192 * 151936 * 4 bytes = 4.6 GiB in fp32, and the usual expression (`log_softmax`,
-`gather`, autograd) holds three at its peak, 14 GiB: the result that it saved, the gradient of that, and the gradient of
-the logits. More than half of those rows are prompt, padding or retrieved passages, which the mask throws away.
+The losses [Eq. 1-3] ask for log pi(a), the entropy of pi and the KL to the reference at each response token. All three
+are functions of one row of logits x_1..x_V. With a real model these rows fill the memory, not the weights: one fp32
+copy of 8192 rows over Qwen's vocabulary takes 8192 * 151936 * 4 bytes = 4.6 GiB. The usual expression (`log_softmax`,
+`gather`, autograd) holds three copies at its peak, 14 GiB: the log-softmax, its gradient, and the gradient of the
+logits. And more than half of the rows are prompt, padding or retrieved passages, which the mask throws away.
 
-So this file (1) drops masked rows BEFORE the product with the lm_head, (2) walks the vocabulary in slices and keeps
-running statistics per row, so that nothing of size [N, V] ever exists, and (3) computes the gradient by one closed
-formula, making each slice of logits a second time instead of storing what autograd would store. What remains at that
-size, with 45 % of the rows active: 64 MiB for a slice, 32 for its gradient in bf16, about 90 for the hidden states
-and their gradient. The gradient of the lm_head's weight, if it is trained, is 594 MiB with any method.
+This file (1) drops masked rows BEFORE it multiplies by the lm_head, (2) walks over the vocabulary in slices and keeps
+running statistics of each row, so that no [N, V] tensor ever exists, and (3) computes the gradient from a closed
+formula, for which it makes each slice of logits a second time instead of storing it. With 45 % of those rows active
+and D = 2048, what remains is 64 MiB for a slice, 32 for its gradient in bf16, and about 90 for the hidden states and
+their gradient. The gradient of the lm_head's weight, if it is trained, takes 594 MiB with any method.
 
-    1. derivation, state of a row
-    2. statistics      statistics_twin, statistics_kernel    what a row's state gains from one slice of logits
-    3. gradient        gradient_twin, gradient_kernel        d(loss)/d(logits) of one slice, in closed form
-    4. one autograd function for both levels
-    5. the entrances   fused_logprob_kl            logits exist already
-                       fused_linear_logprob_kl     the training path: hidden states and the lm_head's weight, no logits
-    6. a table         python kernels.py
+    1. the derivation
+    2. statistics of a slice    statistics_twin, statistics_kernel    for the forward pass
+    3. gradient of a slice      gradient_twin, gradient_kernel        for the backward pass
+    4. the autograd function    RowsToLogprob                         the loop over the slices
+    5. the two entrances        fused_logprob_kl                      takes logits that exist already
+                                fused_linear_logprob_kl               takes hidden states and the lm_head; for training
 
-A twin is the kernel in PyTorch: the specification, and what runs on a CPU. Twin and kernel are each tested against
-float64, never only against each other. Matrix products are cuBLAS's: only what surrounds them is worth writing by hand.
+Each Triton kernel has a twin in PyTorch. The twin is the specification, and it is what runs on a CPU. Kernel and twin
+are each tested against float64, not only against each other. cuBLAS does the matrix products; the kernels do the rest.
 
-Shapes: N rows (any leading shape is flattened), n rows left after masking, V vocabulary, c columns of a slice,
-D hidden, K slices. Everything that is summed is summed in fp32, whatever the inputs are.
+Shapes: N rows (leading dimensions are flattened), n active rows, R rows of a tensor of logits (N or n), V vocabulary,
+c columns of a slice, K slices, D hidden. All sums are fp32, whatever dtype the inputs have.
+
+    python tests/bench_kernels.py      time, memory and error of this file and of the usual expression
 """
 
-import itertools
-import json
-import os
-import statistics
-import tempfile
-import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -41,97 +35,93 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS and Windows have no Triton: the twins do everything there
+except ImportError:  # macOS and Windows have no Triton: there the twins do everything
     triton = None
 
 HAVE_TRITON = triton is not None
-IGNORE_INDEX = -100  # a target of -100 is a masked row, as in torch's cross_entropy
-LOWEST = -1e30  # stands for -inf where inf - inf would be NaN: e^{-1e30} is exactly 0 and 0 * -1e30 is 0
-# Columns a program works on at a time, and its warps of 32 threads: 2048 / 128 = 16 numbers in each thread's registers.
+IGNORE_INDEX = -100  # a target of -100 marks a masked row, as in torch's cross_entropy
+LOWEST = -1e30  # stands in for -inf, where inf - inf would be NaN: e^{-1e30} is exactly 0, and 0 * -1e30 is 0
+# Columns a program reads at a time, and its warps of 32 threads: 2048 / 128 = 16 numbers in each thread's registers.
 BLOCK, WARPS = 2048, 4
-# A slice of fp32 logits: large enough that a GPU's product is efficient, small enough to be no memory to speak of. On
-# a CPU it should rather stay in the cache.
+# Bytes of one slice of fp32 logits. On a GPU: large enough for an efficient matrix product, small beside the model. On
+# a CPU: small enough for the cache.
 SLICE_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
 
-
 class LogprobKL(NamedTuple):
-    """Four fp32 tensors in the shape of `target`; masked positions are exactly 0 and carry no gradient."""
+    """Four fp32 tensors in the shape of `target`. Masked positions are exactly 0 and carry no gradient."""
 
     logp: torch.Tensor  # log pi(target), nats
     entropy: torch.Tensor  # H(pi), nats
-    kl: torch.Tensor  # exact KL(pi || reference) over the whole vocabulary, nats; 0 without a reference
+    kl: torch.Tensor  # exact KL(pi || reference), summed over the whole vocabulary, nats; 0 without a reference
     ref_logp: torch.Tensor  # log pi_ref(target), nats, never differentiated; 0 without a reference
 
-
 def interpreted():
-    """True if the kernels run in Triton's interpreter, on any machine, slowly: TRITON_INTERPRET=1 was set before this
-    file was imported (the variable is read where a kernel is defined, not where it is launched)."""
+    """True if the kernels run in Triton's interpreter: slowly, but on any machine. For that, TRITON_INTERPRET=1 must be
+    set before this file is imported: Triton reads the variable when a kernel is defined, not when it is launched."""
     return HAVE_TRITON and not isinstance(statistics_kernel, triton.runtime.JITFunction)
 
-
-# ----- 1. What is computed, and the state of a row -----
+# ----- 1. The derivation -----
 #
-# Logits are divided by the temperature T. With m the row's maximum, z_j = (x_j - m)/T and s = sum_j e^{z_j}, so that
-# p_j = e^{z_j} / s; for the reference's logits y likewise with maximum my, zy and sy, so that q_j = e^{zy_j} / sy:
+# Take one row of logits x, to be divided by the temperature T. Let m be its maximum, z_j = (x_j - m)/T and
+# s = sum_j e^{z_j}. Then p_j = e^{z_j} / s. The reference's row y has its own my, zy_j and sy, and q_j = e^{zy_j} / sy.
+# It follows that
 #
-#     log p_a = z_a - ln s                                          u = sum_j e^{z_j} z_j
-#     H       = -sum p ln p        = ln s - u/s                     w = sum_j e^{z_j} (z_j - zy_j)
-#     KL      = sum p (ln p - ln q) = w/s - ln s + ln sy
+#     log p_a = z_a - ln s
+#     H       = -sum p ln p        = ln s - u/s                     where u = sum_j e^{z_j} z_j
+#     KL      = sum p (ln p - ln q) = w/s - ln s + ln sy            where w = sum_j e^{z_j} (z_j - zy_j)
 #
-# m, s, u, w, my, sy and the logits of the target x_a, y_a are the state: eight numbers a row, however long the row is.
-# They are gathered in one pass, as the maximum is not known before the end: when it moves from m to m', everything is
-# re-based by e^{z'} = e^z e^shift, with shift = (m - m')/T and shift_y likewise [online softmax: Milakov, Gimelshein 2018]:
+# So eight numbers describe a row, however long it is: m, s, u, my, sy, w, and the target's logits x_a and y_a. They are
+# the state of the row, and one pass collects them. The maximum is known only at the end of that pass. So whenever it
+# rises from m to m', the sums so far are re-based by e^{z'} = e^z e^shift with shift = (m - m')/T, and likewise with
+# shift_y for the reference [online softmax: Milakov and Gimelshein 2018]:
 #
 #     s' = e^shift s        u' = e^shift (u + s shift)        w' = e^shift (w + s (shift - shift_y))
 #
-# Differences to the maximum are kept, never the log-sum-exp lse = m/T + ln s: for logits near 1e4, `x - lse` subtracts
-# two fp32 numbers that are rounded at 1e-3. For the same reason u and w are sums of differences.
+# PITFALL: do not store the log-sum-exp m/T + ln s and subtract it from x/T later. Near 1e4, fp32 numbers are 1e-3
+# apart. A difference to the maximum keeps its digits, and u and w are sums of such differences.
 #
-# Gradient. From dp_i/dx_j = p_i (1[i=j] - p_j) / T:
+# Now the gradient. From dp_i/dx_j = p_i (1[i=j] - p_j) / T follows
 #
 #     d log p_a / dx_j = (1[j=a] - p_j) / T
-#     d H       / dx_j = -p_j (ln p_j + H) / T                      (-sum_i dp_i = 0: the "+1" of (p ln p)' drops out)
-#     d KL      / dx_j =  p_j (ln p_j - ln q_j - KL) / T            (the reference is frozen)
+#     d H       / dx_j = -p_j (ln p_j + H) / T                      the +1 of (p ln p)' drops out, as sum_i dp_i = 0
+#     d KL      / dx_j =  p_j (ln p_j - ln q_j - KL) / T            the same; the reference is frozen
 #
-# With ln p_j = z_j - ln s and g_logp, g_H, g_KL from above in the graph, one expression serves all three:
+# Let g_logp, g_H and g_KL be the gradients of the loss with respect to the three. With ln p_j = z_j - ln s and
+# ln q_j = zy_j - ln sy, their sum is one expression:
 #
 #     dx_j = [ g_logp 1[j=a] - p_j ( b + g_H z_j - g_KL (z_j - zy_j) ) ] / T
 #     b    = g_logp + g_H (H - ln s) + g_KL (KL + ln s - ln sy)     one number a row
 #
-# A masked row is never read: rows are selected by index, not multiplied by the mask, since 0 * NaN is NaN.
-
+# PITFALL: a masked row may hold NaN, and 0 * NaN is NaN. Multiplying by the mask would let it through. Here rows are
+# selected by index, and a masked row is never read.
 
 def new_state(n, device):
-    """The neutral state, fp32 [8, n]: rows m, s, u, x_a, my, sy, w, y_a. Maxima start at LOWEST, not at -inf."""
+    """State before the first column, fp32 [8, n]: m, s, u, x_a, my, sy, w, y_a. Maxima start at LOWEST, not at -inf."""
     return torch.tensor([LOWEST, 0, 0, 0, LOWEST, 0, 0, 0], device=device)[:, None].repeat(1, n)
 
-
 def finish_state(state, temperature, with_reference):
-    """State over the whole vocabulary [8, n] -> (logp, entropy, kl, ref_logp), fp32 [n] each."""
+    """State after the last column, fp32 [8, n] -> (logp, entropy, kl, ref_logp), fp32 [n] each."""
     m, s, u, x_a, my, sy, w, y_a = state
     logp, entropy = (x_a - m) / temperature - torch.log(s), torch.log(s) - u / s
     if not with_reference:
         return logp, entropy, torch.zeros_like(s), torch.zeros_like(s)
     return logp, entropy, w / s - torch.log(s) + torch.log(sy), (y_a - my) / temperature - torch.log(sy)
 
-
-# ----- 2. Statistics of one slice: the twin, the kernel -----
-
+# ----- 2. Statistics of one slice: the twin, then the kernel -----
 
 def differences(x_nc, m_n, temperature):
-    """z = (x - m) / T as a new fp32 tensor, LOWEST at the least, so that a logit of -inf gives e^z z = 0 and not NaN."""
+    """z = (x - m) / T as a new fp32 tensor, at least LOWEST, so that a logit of -inf gives e^z z = 0 and not NaN."""
     z_nc = x_nc.float() - m_n[:, None]
     return (z_nc if temperature == 1 else z_nc.div_(temperature)).clamp_min_(LOWEST)
 
-
 def statistics_twin(x_Rc, y_Rc, rows_n, target_n, state, share, first_column, temperature):
-    """Take the columns [first_column, first_column + c) of the active rows into their state.
+    """Add the columns [first_column, first_column + c) to the state of each active row.
 
-    x_Rc, y_Rc   logits of the policy and of the reference (or None), [R, c], any float type
-    rows_n       int64 [n], the active rows of x and y, or None for all of them
-    target_n     int64 [n], the target's column in the whole vocabulary
-    state        fp32 [8, n] as in new_state, changed in place
-    share        fp32 [2, n], written: the maximum so far, and this slice's part of s relative to it
+    x_Rc, y_Rc   logits of the policy and of the reference, any float dtype; y_Rc None without a reference
+    rows_n       int64, which rows of x and y are active; None if all are
+    target_n     int64, each target's column in the whole vocabulary
+    state        fp32 [8, n] in the order of new_state, updated in place
+    share        fp32 [2, n], written: the maximum so far, and the sum of this slice's e^z relative to it
     """
     m, s, u, x_a, my, sy, w, y_a = state
     pick = lambda t_Rc: t_Rc if rows_n is None else t_Rc[rows_n]
@@ -142,7 +132,7 @@ def statistics_twin(x_Rc, y_Rc, rows_n, target_n, state, share, first_column, te
     e_nc = z_nc.exp()
     share[1] = e_nc.sum(1)
     column_n = target_n - first_column
-    here = (column_n >= 0) & (column_n < x_nc.shape[1])
+    here = (column_n >= 0) & (column_n < x_nc.shape[1])  # the target lies in this slice
     column_n = column_n.clamp(0, x_nc.shape[1] - 1)[:, None]
     x_a.copy_(torch.where(here, x_nc.gather(1, column_n)[:, 0].float(), x_a))
     if y_Rc is not None:
@@ -158,44 +148,37 @@ def statistics_twin(x_Rc, y_Rc, rows_n, target_n, state, share, first_column, te
     s.copy_(torch.exp(shift) * s + share[1])
     m.copy_(share[0])
 
-
 if HAVE_TRITON:
-    # A kernel is compiled anew for each combination of its constants and of some properties of its integers (is it
-    # divisible by 16?). How many rows are active changes from batch to batch and must not recompile anything.
+    # Triton compiles a kernel anew for each set of constants, and for some properties of its integers (is it 1? is it
+    # divisible by 16?). The number of active rows changes with every batch, so it must not be such a property.
     jit = triton.jit(do_not_specialize=["n", "first_column"])
     LOWEST_IN_KERNEL = tl.constexpr(LOWEST)
 
     @jit
     def statistics_kernel(
-        x_ptr,  # logits of the policy [R, c], fp32, bf16 or fp16; a row starts every x_stride elements
-        y_ptr,  # logits of the reference [R, c], or None: then all that concerns it is not even compiled
-        rows_ptr,  # int64 [n], or None
-        target_ptr,  # int64 [n]
-        state_ptr,  # fp32 [8, n]
-        share_ptr,  # fp32 [2, n]
-        x_stride,
-        y_stride,
-        n,
-        columns,
-        first_column,
-        inverse_T,
-        BLOCK: tl.constexpr,
-    ):
-        """One program a row: it walks the row's c columns, BLOCK at a time, and keeps the state in registers."""
+        x_ptr, y_ptr, rows_ptr, target_ptr, state_ptr, share_ptr, x_stride, y_stride, n, columns, first_column,
+        inverse_T, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program a row. It walks over the row's c columns, BLOCK at a time, and keeps the state in registers.
+
+        The pointers are the tensors of statistics_twin; columns is c. A row of x starts every x_stride elements. Where
+        y_ptr or rows_ptr is None, the code for it is not even compiled.
+        """
         i = tl.program_id(0)
-        # int64 before the product: row 30000 of 152k columns starts beyond 2^31.
+        # PITFALL: int64 before the product. Row 30000 of 152k columns starts beyond 2^31.
         row = i.to(tl.int64) if rows_ptr is None else tl.load(rows_ptr + i)
         x_ptr += row * x_stride
         state_ptr += i
         m_before, s_before, u_before = tl.load(state_ptr), tl.load(state_ptr + n), tl.load(state_ptr + 2 * n)
-        m, s, u = m_before, 0.0, 0.0  # s, u, w of this slice alone; the state joins them at the end
+        m, s, u = m_before, 0.0, 0.0  # s, u and w are sums over this slice alone until the loop is over
         if y_ptr is not None:
             y_ptr += row * y_stride
-            my_before, sy_before, w_before = tl.load(state_ptr + 4 * n), tl.load(state_ptr + 5 * n), tl.load(state_ptr + 6 * n)
+            my_before, sy_before = tl.load(state_ptr + 4 * n), tl.load(state_ptr + 5 * n)
+            w_before = tl.load(state_ptr + 6 * n)
             my, sy, w = my_before, 0.0, 0.0
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            # A column past the end reads as -inf, which is probability 0. Arithmetic is fp32 from here on.
+            # A column past the end reads as -inf: probability 0. From here on all arithmetic is fp32.
             x = tl.load(x_ptr + column, mask=column < columns, other=float("-inf")).to(tl.float32)
             m_new = tl.maximum(m, tl.max(x, 0))
             shift = (m - m_new) * inverse_T
@@ -212,9 +195,9 @@ if HAVE_TRITON:
             u = tl.exp(shift) * (u + s * shift) + tl.sum(e * z, 0)
             s = tl.exp(shift) * s + tl.sum(e, 0)
             m = m_new
-        # The state of the slices before this one, re-based once, plus this slice.
         tl.store(share_ptr + i, m)
         tl.store(share_ptr + n + i, s)
+        # Re-base the state of the earlier slices once, and add it to this slice.
         shift = (m_before - m) * inverse_T
         if y_ptr is not None:
             shift_y = (my_before - my) * inverse_T
@@ -228,33 +211,21 @@ if HAVE_TRITON:
         tl.store(state_ptr, m)
         tl.store(state_ptr + n, s)
         tl.store(state_ptr + 2 * n, u)
-        # The target lies in one slice only: in the others nothing is loaded and nothing stored.
+        # Only one slice holds the target. In all others these loads and stores do nothing.
         column_a = tl.load(target_ptr + i) - first_column
         here = (column_a >= 0) & (column_a < columns)
         tl.store(state_ptr + 3 * n, tl.load(x_ptr + column_a, mask=here, other=0.0).to(tl.float32), mask=here)
         if y_ptr is not None:
             tl.store(state_ptr + 7 * n, tl.load(y_ptr + column_a, mask=here, other=0.0).to(tl.float32), mask=here)
 
-
-def add_statistics(x_Rc, y_Rc, rows_n, target_n, state, share, first_column, temperature, use_triton):
-    """statistics_kernel or its twin; arguments as in statistics_twin."""
-    if not use_triton:
-        return statistics_twin(x_Rc, y_Rc, rows_n, target_n, state, share, first_column, temperature)
-    n, y_stride = len(target_n), 0 if y_Rc is None else y_Rc.stride(0)
-    with torch.cuda.device_of(x_Rc):  # Triton launches on the current GPU, which need not be the tensor's
-        statistics_kernel[(n,)](
-            x_Rc, y_Rc, rows_n, target_n, state, share, x_Rc.stride(0), y_stride, n, x_Rc.shape[1], first_column,
-            1 / temperature, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
-
-
-# ----- 3. Gradient of one slice: the twin, the kernel -----
-
+# ----- 3. Gradient of one slice: the twin, then the kernel -----
 
 def gradient_twin(x_Rc, y_Rc, rows_n, target_n, numbers, out_Rc, first_column, temperature):
-    """Write d(loss)/d(logits) of one slice into the active rows of out_Rc (any float type); other arguments as above.
+    """Write d(loss)/d(logits) of one slice into the active rows of out_Rc.
 
-    numbers   fp32 [7, n], what a row needs: m, ln s, b, g_logp, g_H, my, g_KL
+    numbers   fp32 [7, n], what the formula needs of each row: m, ln s, b, g_logp, g_H, my, g_KL
+    out_Rc    any float dtype
+    The other arguments are those of statistics_twin.
     """
     m, log_s, b, g_logp, g_entropy, my, g_kl = numbers
     pick = lambda t_Rc: t_Rc if rows_n is None else t_Rc[rows_n]
@@ -271,26 +242,17 @@ def gradient_twin(x_Rc, y_Rc, rows_n, target_n, numbers, out_Rc, first_column, t
     dx_nc[here, column_n[here]] += g_logp[here] / temperature
     out_Rc[slice(None) if rows_n is None else rows_n] = dx_nc.to(out_Rc.dtype)
 
-
 if HAVE_TRITON:
 
     @jit
     def gradient_kernel(
-        x_ptr,  # logits [R, c]
-        y_ptr,  # [R, c] or None
-        rows_ptr,  # int64 [n] or None
-        target_ptr,  # int64 [n]
-        numbers_ptr,  # fp32 [7, n]
-        out_ptr,  # [R, c] without gaps, any float type
-        x_stride,
-        y_stride,
-        n,
-        columns,
-        first_column,
-        inverse_T,
-        BLOCK: tl.constexpr,
-    ):
-        """One program for BLOCK columns of a row: the statistics are known, so no column waits for another."""
+        x_ptr, y_ptr, rows_ptr, target_ptr, numbers_ptr, out_ptr, x_stride, y_stride, n, columns, first_column,
+        inverse_T, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program for BLOCK columns of a row: the statistics are complete, so the columns are independent.
+
+        The pointers are the tensors of gradient_twin; out must be contiguous.
+        """
         i = tl.program_id(0)
         row = i.to(tl.int64) if rows_ptr is None else tl.load(rows_ptr + i)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -310,44 +272,42 @@ if HAVE_TRITON:
         dx = (tl.where(is_target, g_logp, 0.0) - tl.exp(z - log_s) * inner) * inverse_T
         tl.store(out_ptr + row * columns + column, dx, mask=inside)
 
-
-def write_gradient(x_Rc, y_Rc, rows_n, target_n, numbers, out_Rc, first_column, temperature, use_triton):
-    """gradient_kernel or its twin; arguments as in gradient_twin."""
-    if not use_triton:
-        return gradient_twin(x_Rc, y_Rc, rows_n, target_n, numbers, out_Rc, first_column, temperature)
-    n, columns, y_stride = len(target_n), x_Rc.shape[1], 0 if y_Rc is None else y_Rc.stride(0)
-    with torch.cuda.device_of(x_Rc):
-        gradient_kernel[(n, triton.cdiv(columns, BLOCK))](
-            x_Rc, y_Rc, rows_n, target_n, numbers, out_Rc, x_Rc.stride(0), y_stride, n, columns, first_column,
-            1 / temperature, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
-
-
-# ----- 4. Both levels as one autograd function -----
-
+# ----- 4. The autograd function: a loop over the slices -----
 
 def matmul_fp32(a, b):
-    """a @ b with an fp32 result. Products of two bf16 numbers are exact in fp32, so this equals an fp32 head run on
-    bf16 weights; rounding the logits to bf16 would cost up to 0.03 in a log-probability."""
-    with torch.autocast(a.device.type, enabled=False):  # which would round the inputs, or the result, to bf16 again
-        b = b.to(a.dtype)  # fp32 master weights under bf16 hidden states: only a slice of them is ever converted
+    """a [n, D] @ b [D, c] -> fp32 [n, c]. b is converted to the dtype of a.
+
+    PITFALL: a bf16 result would round the logits, which costs up to 0.03 in a log-probability. A product of two bf16
+    numbers is exact in fp32, so an fp32 result equals that of an fp32 lm_head with the same bf16 weights.
+    """
+    with torch.autocast(a.device.type, enabled=False):  # autocast would round inputs or result to bf16 again
+        b = b.to(a.dtype)  # fp32 master weights under bf16 hidden states: only a slice is converted at a time
         if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
             return torch.mm(a, b, out_dtype=torch.float32)
         return a.float() @ b.float()
 
-
 def slice_of_logits(rows, weight, index_n, v, chunk):
-    """Columns [v, v + chunk) of the active rows: (logits, which of their rows are active or None for all)."""
+    """Columns [v, v + chunk) of the active rows -> (their logits [R, c], which of those R rows are active or None)."""
     if rows is None:  # no reference
         return None, None
     if weight is None:
-        return rows[:, v : v + chunk], index_n  # a view: masked rows stay where they are and are not read
+        return rows[:, v : v + chunk], index_n  # a view: masked rows stay in it, unread
     return matmul_fp32(rows[index_n], weight[v : v + chunk].T), None
 
+def launch(kernel, grid, x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, first_column, temperature):
+    """Run a kernel on one slice. The arguments after the grid are those of its twin."""
+    x_stride, y_stride = x_Rc.stride(0), 0 if y_Rc is None else y_Rc.stride(0)
+    with torch.cuda.device_of(x_Rc):  # PITFALL: Triton launches on the current GPU, which may not be the tensor's
+        kernel[grid](
+            x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, x_stride, y_stride, len(target_n),
+            x_Rc.shape[1], first_column, 1 / temperature, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
 
 class RowsToLogprob(torch.autograd.Function):
-    """The active rows index_n of `rows` -> (logp, entropy, kl, ref_logp) [n]. Rows are logits [N, V] with weight None,
-    or hidden states [N, D] with the lm_head's weight [V, D]."""
+    """The active rows index_n of `rows` -> (logp, entropy, kl, ref_logp), fp32 [n] each.
+
+    `rows` are logits [N, V] and weight is None, or hidden states [N, D] and weight is the lm_head's [V, D].
+    """
 
     @staticmethod
     def forward(ctx, rows, weight, ref_rows, ref_weight, index_n, target_n, temperature, chunk, tau, use_triton):
@@ -355,17 +315,22 @@ class RowsToLogprob(torch.autograd.Function):
         starts = range(0, vocabulary, chunk)
         state = new_state(n, rows.device)
         share = torch.empty(len(starts), 2, n, device=rows.device)
-        for k, v in enumerate(starts if n else ()):  # a grid of no programs cannot be launched
+        for k, v in enumerate(starts if n else ()):  # a kernel cannot be launched for no rows
             x, active = slice_of_logits(rows, weight, index_n, v, chunk)
             y, _ = slice_of_logits(ref_rows, ref_weight, index_n, v, chunk)
-            add_statistics(x, y, active, target_n, state, share[k], v, temperature, use_triton)
+            arguments = x, y, active, target_n, state, share[k], v, temperature
+            if use_triton:
+                launch(statistics_kernel, (n,), *arguments)
+            else:
+                statistics_twin(*arguments)
         outputs = finish_state(state, temperature, ref_rows is not None)
-        # Probability that a row gives to each slice, [K, n]: what the backward pass may skip.
+        # The probability of each slice under each row. It decides what the backward pass may skip.
         mass_Kn = share[:, 1] * torch.exp((share[:, 0] - state[0]) / temperature) / state[1]
-        ctx.save_for_backward(rows, weight, ref_rows, ref_weight, index_n, target_n, state, mass_Kn, outputs[1], outputs[2])
+        entropy, kl = outputs[1:3]
+        ctx.save_for_backward(rows, weight, ref_rows, ref_weight, index_n, target_n, state, mass_Kn, entropy, kl)
         ctx.settings = temperature, chunk, tau, use_triton, starts
         ctx.mark_non_differentiable(outputs[3])
-        ctx.set_materialize_grads(False)  # an output that the loss does not use has the gradient None
+        ctx.set_materialize_grads(False)  # the gradient of an output that the loss does not use is then None
         return outputs
 
     @staticmethod
@@ -375,20 +340,22 @@ class RowsToLogprob(torch.autograd.Function):
         temperature, chunk, tau, use_triton, starts = ctx.settings
         m, s, _, _, my, sy, _, _ = state
         if g_kl is None:
-            ref_rows = None  # the reference's logits matter to the gradient of the KL only
+            ref_rows = None  # only the gradient of the KL needs the reference's logits
         g_logp, g_entropy, g_kl = (torch.zeros_like(s) if g is None else g for g in (g_logp, g_entropy, g_kl))
         b = g_logp + g_entropy * (entropy - torch.log(s))
         if ref_rows is not None:
             b = b + g_kl * (kl + torch.log(s) - torch.log(sy))
         numbers = torch.stack([m, torch.log(s), b, g_logp, g_entropy, my, g_kl])
-        # A row costs nothing without a gradient from above, and nothing in a slice where it has no probability.
+        # Skip a row whose upstream gradients are all 0. Skip a slice that holds at most tau of a row's probability, but
+        # not the target's slice: its 1[j=a] counts however small p_a is.
         wanted_n = (g_logp != 0) | (g_entropy != 0) | (g_kl != 0)
         own_Kn = target_n // chunk == torch.arange(len(starts), device=rows.device)[:, None]
         live_Kn = wanted_n & ((mass_Kn > tau) | own_Kn)
-        live = live_Kn.nonzero()[:, 1].split(live_Kn.sum(1).tolist())  # the only place that waits for the GPU
-        # Level 1 writes into the rows of the result; level 2 sums n rows in fp32 over the slices: adding K slices up in
-        # bf16 would round K times.
-        d_rows = rows.new_zeros(rows.shape) if weight is None else torch.zeros(len(index_n), rows.shape[1], device=rows.device)
+        live = live_Kn.nonzero()[:, 1].split(live_Kn.sum(1).tolist())  # waits for the GPU, once a pass
+        if weight is None:  # each slice is written into its columns of the result
+            d_rows = rows.new_zeros(rows.shape)
+        else:  # PITFALL: here the K slices add up, in fp32. A sum in bf16 would be rounded K times.
+            d_rows = torch.zeros(len(index_n), rows.shape[1], device=rows.device)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for v, live_n in zip(starts, live):
             if not len(live_n):
@@ -396,21 +363,27 @@ class RowsToLogprob(torch.autograd.Function):
             x, active = slice_of_logits(rows, weight, index_n[live_n], v, chunk)
             y, _ = slice_of_logits(ref_rows, ref_weight, index_n[live_n], v, chunk)
             dx = d_rows[:, v : v + chunk] if weight is None else torch.empty_like(x, dtype=rows.dtype)
-            write_gradient(x, y, active, target_n[live_n], numbers[:, live_n], dx, v, temperature, use_triton)
-            if weight is None:
-                continue
-            if ctx.needs_input_grad[0]:
+            arguments = x, y, active, target_n[live_n], numbers[:, live_n], dx, v, temperature
+            if use_triton:
+                launch(gradient_kernel, (len(live_n), triton.cdiv(x.shape[1], BLOCK)), *arguments)
+            else:
+                gradient_twin(*arguments)
+            if weight is not None and ctx.needs_input_grad[0]:
                 d_rows.index_add_(0, live_n, matmul_fp32(dx, weight[v : v + chunk]))
-            if d_weight is not None:  # each slice of the weight's gradient is written once, by one product
+            if d_weight is not None:  # one product writes this slice of the weight's gradient, once
                 d_weight[v : v + chunk] = matmul_fp32(dx.T, rows[index_n[live_n]]).to(weight.dtype)
         if weight is not None:
             d_rows = torch.zeros_like(rows).index_copy_(0, index_n, d_rows.to(rows.dtype))
-        return d_rows, d_weight, None, None, None, None, None, None, None, None
+        return d_rows, d_weight, *[None] * 8
 
+# ----- 5. The two entrances -----
 
 def resolve_impl(impl, tensor):
-    """'auto' -> the kernels where they are compiled for the tensor's GPU, the twins everywhere else. ValueError for an
-    impl that does not exist or cannot run."""
+    """impl str -> True for the kernels, False for the twins.
+
+    "auto" takes the kernels if the tensor is on a GPU and they are compiled for it, otherwise the twins. ValueError for
+    an impl that does not exist or cannot run here.
+    """
     if impl == "auto":
         return HAVE_TRITON and tensor.is_cuda and not interpreted()
     if impl not in ("triton", "torch"):
@@ -418,18 +391,22 @@ def resolve_impl(impl, tensor):
     if impl == "triton" and not HAVE_TRITON:
         raise ValueError("impl='triton': the package triton is not installed; use 'auto' or 'torch'")
     if impl == "triton" and not (tensor.is_cuda or interpreted()):
-        raise ValueError(
-            f"impl='triton' with a tensor on {tensor.device}: needs a GPU, or TRITON_INTERPRET=1 set before kernels is imported"
-        )
+        remedy = "needs a GPU, or TRITON_INTERPRET=1 set before kernels is imported"
+        raise ValueError(f"impl='triton' with a tensor on {tensor.device}: {remedy}")
     return impl == "triton"
 
+def default_chunk(n, vocabulary, device_type):
+    """Columns of a slice of n fp32 rows: as many as fit into SLICE_BYTES, in whole BLOCKs if at least one fits."""
+    columns = SLICE_BYTES.get(device_type, SLICE_BYTES["cpu"]) // (4 * max(1, n))
+    return min(vocabulary, max(1, columns // BLOCK * BLOCK or columns))
 
 def run(rows, weight, ref_rows, ref_weight, target, mask, temperature, chunk, tau, impl):
-    """Check, flatten, select the active rows, compute, and put the results back in the shape of `target`."""
+    """Check and flatten the inputs, select the active rows, compute, and give the results the shape of `target`."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
     if rows.shape[:-1] != target.shape or (mask is not None and mask.shape != target.shape):
-        shapes = f"rows {list(rows.shape)}, target {list(target.shape)}, mask {None if mask is None else list(mask.shape)}"
+        mask_shape = None if mask is None else list(mask.shape)
+        shapes = f"rows {list(rows.shape)}, target {list(target.shape)}, mask {mask_shape}"
         raise ValueError(f"shapes do not match: {shapes}; rows need one more dimension than target, mask the same")
     if ref_rows is not None and ref_rows.shape[:-1] != target.shape:
         raise ValueError(f"the reference's rows {list(ref_rows.shape)} do not match target {list(target.shape)}")
@@ -439,163 +416,48 @@ def run(rows, weight, ref_rows, ref_weight, target, mask, temperature, chunk, ta
     target_n = target.reshape(-1)[index_n]
     if len(index_n) and (target_n.min() < 0 or target_n.max() >= vocabulary):
         raise ValueError(f"target {int(target_n.min())}..{int(target_n.max())} outside the vocabulary of {vocabulary}")
-    # PITFALL: `logits[:, :-1]` is not contiguous, and to flatten it copies [N, V]. Shift target and mask instead.
+    # PITFALL: `logits[:, :-1]` is not contiguous, so reshape copies all of it. Callers should shift target and mask.
     flat = lambda t: None if t is None else t.reshape(-1, t.shape[-1])
     rows, ref_rows = flat(rows), flat(ref_rows)
     use_triton = resolve_impl(impl, rows)
-    if use_triton and weight is None:  # a program reads its row side by side
+    if use_triton and weight is None:  # the kernel reads neighbouring columns, and all of them in one launch
         rows, ref_rows = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (rows, ref_rows))
-        chunk = vocabulary  # and all of it, in one launch
+        chunk = vocabulary
     chunk = chunk or default_chunk(len(index_n), vocabulary, rows.device.type)
-    outputs = RowsToLogprob.apply(rows, weight, ref_rows, ref_weight, index_n, target_n, temperature, chunk, tau, use_triton)
+    outputs = RowsToLogprob.apply(
+        rows, weight, ref_rows, ref_weight, index_n, target_n, temperature, chunk, tau, use_triton
+    )
     full = (torch.zeros(target.numel(), device=rows.device).index_copy(0, index_n, output) for output in outputs)
     return LogprobKL(*(f.view(target.shape) for f in full))
 
-
-def default_chunk(n, vocabulary, device_type):
-    """Columns of a slice: as many as fit into SLICE_BYTES at 4 n bytes each, whole blocks where it is more than one."""
-    columns = SLICE_BYTES.get(device_type, SLICE_BYTES["cpu"]) // (4 * max(1, n))
-    return min(vocabulary, max(1, columns // BLOCK * BLOCK or columns))
-
-
-# ----- 5. The two entrances -----
-
-
 def fused_logprob_kl(logits, target, mask=None, ref_logits=None, temperature=1.0, impl="auto"):
-    """Log-prob of `target`, entropy and exact KL from logits that exist already.
+    """Logits that exist already -> LogprobKL: log-prob of the target, entropy, exact KL, the reference's log-prob.
 
-    logits      [..., V] float; the row at a position scores the token in `target` at that position
-    target      [...] long; -100 is the same as mask 0
-    mask        [...] bool or 0/1, or None for all rows
-    ref_logits  [..., V] of the frozen reference, or None
-    Returns LogprobKL, fp32 [...]. ValueError on a temperature <= 0, an unknown impl, a target outside the vocabulary.
+    logits       float [..., V]; the row at a position scores the token that `target` holds at the same position
+    target       int64 [...]; IGNORE_INDEX means the same as mask 0
+    mask         bool or 0/1 [...]; None takes all rows
+    ref_logits   float [..., V] of the frozen reference, or None
+    impl         "triton", "torch" or "auto", as in resolve_impl
+    Gradients reach `logits` from logp, entropy and kl. ValueError for a temperature <= 0, shapes that do not match, a
+    target outside the vocabulary, or an impl that is unknown or cannot run.
     """
     return run(logits, None, ref_logits, None, target, mask, temperature, None, 0.0, impl)
 
-
 def fused_linear_logprob_kl(
-    hidden, weight, target, mask=None, ref_hidden=None, ref_weight=None, temperature=1.0, chunk=None, tau=0.0, impl="auto"
-):
-    """The same four numbers from hidden states [..., D] and the lm_head's weight [V, D]; logits never exist as a whole.
+    hidden, weight, target, mask=None, ref_hidden=None, ref_weight=None, temperature=1.0, chunk=None, tau=0.0,
+    impl="auto",
+):  # fmt: skip
+    """Hidden states and the lm_head's weight -> the same LogprobKL. The logits never exist as a whole.
 
-    ref_hidden, ref_weight   of the frozen reference, both or neither; costs one more product per slice
-    chunk                    vocabulary columns of a slice; None: SLICE_BYTES decides
-    tau                      the backward pass skips (row, slice) pairs whose probability is <= tau. 0 skips only what
-                             underflowed to 0 and is lossless. Otherwise a row of dlogits is off, in L1 norm, by at most
-                             |g_logp| * tau * ceil(V / chunk) / T, where g_logp is the gradient from above (for entropy
-                             and KL times the largest |ln p + H| or |ln p - ln q - KL| of what is skipped)
-    Gradients reach `hidden` and, unless it is frozen, `weight`. Errors as in fused_logprob_kl.
+    hidden, weight           float [..., D] and [V, D]; gradients reach both, unless the weight is frozen
+    ref_hidden, ref_weight   of the frozen reference, both or neither; they cost one more product per slice
+    chunk                    columns of a slice; None leaves it to SLICE_BYTES
+    tau                      the backward pass skips those slices of a row whose probability is <= tau. With 0 it skips
+                             only what underflowed to 0, and loses nothing. Otherwise the gradient of a row of logits
+                             is off by at most |g_logp| * tau * ceil(V / chunk) / T in L1 norm; for entropy and KL
+                             this times the largest |ln p + H| or |ln p - ln q - KL| among the skipped columns
+    Target, mask, impl and errors are those of fused_logprob_kl.
     """
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden and ref_weight belong together: give both or neither")
     return run(hidden, weight, ref_hidden, ref_weight, target, mask, temperature, chunk, tau, impl)
-
-
-# ----- 6. A table: python kernels.py -----
-
-
-def eager_logprob(hidden, weight, target, mask, temperature=1.0):
-    """What everyone writes first: all rows through the lm_head, log_softmax, gather. Returns the log-probs only."""
-    logits = (hidden @ weight.T).float() / temperature
-    logp = torch.log_softmax(logits, -1).gather(-1, target[..., None])[..., 0]
-    return torch.where(mask, logp, 0.0)
-
-
-def example(n, vocabulary, dim, active=0.45, peak=15.0, dtype=torch.float32, device="cpu"):
-    """Synthetic (hidden [n, dim], weight [vocabulary, dim], target [n], mask [n]); the first two ask for gradients.
-
-    The logits of a row are N(0, 1), but for the target's, which stands higher: by 0 to 2 * peak, evenly spread over the
-    rows. With a vocabulary of 152k a target 8 above has a probability of 0.01, 15 above 0.9; with peak 0 the policy is flat.
-    """
-    g = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(vocabulary, dim, generator=g, device=device) / dim**0.5
-    target = torch.randint(vocabulary, (n,), generator=g, device=device)
-    height = 2 * peak * torch.rand(n, 1, generator=g, device=device)
-    hidden = torch.randn(n, dim, generator=g, device=device) + height * weight[target]
-    mask = torch.rand(n, generator=g, device=device) < active
-    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target, mask
-
-
-def float64_logprob(hidden, weight, target, rows):
-    """log-probs of some rows in float64, the expression of eager_logprob; the yardstick of every error."""
-    logits = hidden.detach()[rows].double() @ weight.detach().double().T
-    return torch.log_softmax(logits, -1).gather(-1, target[rows, None])[:, 0]
-
-
-def seconds(call, device, repeats=3):
-    """Median seconds of call() after a warm-up; on a GPU by its own clock and with its L2 cache flushed before."""
-    times = []
-    for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.empty(2**28, dtype=torch.uint8, device=device).zero_()  # 256 MiB: more than any L2
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def peak_memory(call, device):
-    """The most bytes that call() held at once, beyond what was there before: by the CUDA allocator's own count, or by
-    adding up every allocation and release that torch's profiler saw on the CPU."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    changes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
-    return max(itertools.accumulate(changes, initial=0))
-
-
-def backward_of(logprob, arguments):
-    """A call that takes the gradient of -sum(log-probs) and throws it away again."""
-    hidden, weight = arguments[:2]
-
-    def call():
-        hidden.grad = weight.grad = None
-        (-logprob(*arguments).sum()).backward()
-        hidden.grad = weight.grad = None
-
-    return call
-
-
-def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    n, vocabulary, dim, dtype = (8192, 151936, 2048, torch.bfloat16) if device == "cuda" else (4096, 32768, 256, torch.float32)
-    arguments = example(n, vocabulary, dim, dtype=dtype, device=device)
-    rows = arguments[3].nonzero()[:64, 0]
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}; N {n}, V {vocabulary}, D {dim}, {dtype}, {int(arguments[3].sum())} rows active")
-    print(f"{'log-probs of the target':26}{'forward':>10}{'+ backward':>12}{'peak MiB':>10}{'error':>10}")
-    ours = lambda impl: lambda *a: fused_linear_logprob_kl(*a, impl=impl).logp
-    for title, logprob in {
-        "ours, Triton": ours("triton"),
-        "ours, PyTorch twin": ours("torch"),
-        "eager, all rows": eager_logprob,
-    }.items():
-        if title == "ours, Triton" and (device == "cpu" or interpreted()):
-            print(f"{title:26}  needs a GPU")
-            continue
-        both = backward_of(logprob, arguments)
-        with torch.no_grad():
-            error = (logprob(*arguments)[rows].double() - float64_logprob(*arguments[:3], rows)).abs().max()
-            forward = seconds(lambda: logprob(*arguments), device)
-        print(f"{title:26}{forward:9.3f}s{seconds(both, device):11.3f}s{peak_memory(both, device) / 2**20:10.0f}{error:10.1e}")
-    print("The first two also give the entropy. Peak: beyond the inputs. Error: largest, against float64, over 64 rows.")
-
-
-if __name__ == "__main__":
-    main()

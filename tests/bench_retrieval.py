@@ -1,17 +1,17 @@
-"""How well, how fast and in how much memory does the search engine find?
+"""What the search engine finds, how fast, and in how much memory.
 
     python tests/bench_retrieval.py index [--n 1000000] [--dim 384]        kinds of FAISS index side by side
     python tests/bench_retrieval.py recall QUESTIONS PASSAGES [--encoder DIR] [--cross-encoder DIR]
     python tests/bench_retrieval.py server [--requests 2000] [--clients 16] [--hostile 500]
 
-index: synthetic unit vectors. Uniform ones flatter nobody: all are equally far from each other, and no index can do better
-than to read them all. Embeddings come in clusters and use few directions, so these are drawn from a mixture: 2000 centres
-(cluster i has a share proportional to 1/(i+10)), noise of 0.7 of the centres' spread around them, direction j scaled by
-(j+1)^-1/2. Queries are fresh draws from the same mixture. Recall@3 is against the exact neighbours.
+index: synthetic unit vectors. Uniform ones would all be equally far from each other, and no index could do better than
+to read them all. Embeddings come in clusters and use few directions, so the vectors are drawn from a mixture: 2000
+centres (cluster i has a share proportional to 1/(i+10)), noise of 0.7 of the centres' spread around them, direction j
+scaled by (j+1)^-1/2. Queries are new draws from the same mixture. Recall@3 is against the exact neighbours.
 
-recall: share of a question's supporting titles (metadata.supporting_facts, as the FlashRAG collection serves HotpotQA) among
-the first 3 and 10 passages; time per query with the queries in one batch. If rank_bm25 or bm25s is installed, the scores of
-our BM25 are compared with theirs.
+recall: the share of a question's supporting titles (metadata.supporting_facts, as the FlashRAG collection has them for
+HotpotQA) among the first 3 and 10 passages, and the time per query with all queries in one batch. If bm25s is
+installed, the scores of our BM25 are compared with those of bm25s.
 
 server: concurrent clients, each answer compared with the direct call; then hostile requests; memory of the process.
 """
@@ -48,7 +48,7 @@ def resident():
 
 
 def mixture(n, dim, rng, centres):
-    """n unit vectors of the mixture described above, fp32."""
+    """-> [n, dim] fp32: unit vectors of the mixture described above."""
     share = 1 / (np.arange(len(centres)) + 10)
     scale = ((np.arange(dim) + 1) ** -0.5).astype(np.float32)
     out = np.empty((n, dim), np.float32)
@@ -66,10 +66,10 @@ def index_table(n, dim, kinds, queries=640, batch=64):
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((2000, dim)).astype(np.float32)
     vectors, asked = mixture(n, dim, rng, centres), mixture(queries, dim, rng, centres)
-    print(f"{n:,} x {dim}, mixture of 2000; {faiss.omp_get_max_threads()} threads, faiss {faiss.__version__}, batch of {batch}")
-    print(
-        "| index | factory | build s | file MB | predicted MB | memory MB | ms a batch | recall@3 |\n|---|---|---|---|---|---|---|---|"
-    )
+    where = f"{faiss.omp_get_max_threads()} threads, faiss {faiss.__version__}"
+    print(f"{n:,} x {dim}, mixture of 2000; {where}, batch of {batch}")
+    print("| index | factory | build s | file MB | predicted MB | memory MB | ms a batch | recall@3 |")
+    print("|---|---|---|---|---|---|---|---|")
     exact = None
     for kind in kinds:
         factory, settings, size = retrieval.plan_index(kind, n, dim)
@@ -88,11 +88,9 @@ def index_table(n, dim, kinds, queries=640, batch=64):
             faiss.write_index(index, file.name)
             written = os.path.getsize(file.name)
         name = factory + "".join(f", {k} {v}" for k, v in settings.items())
-        print(
-            f"| {kind} | {name} | {built:.0f} | {written / 1e6:.0f} | {size / 1e6:.0f} | {memory / 1e6:.0f} | "
-            f"{1000 * statistics.median(times):.1f} | {recall} |",
-            flush=True,
-        )
+        sizes = f"{written / 1e6:.0f} | {size / 1e6:.0f} | {memory / 1e6:.0f}"
+        milliseconds = 1000 * statistics.median(times)
+        print(f"| {kind} | {name} | {built:.0f} | {sizes} | {milliseconds:.1f} | {recall} |", flush=True)
         del index
     for kind in kinds:
         factory, _, size = retrieval.plan_index(kind, 21_015_324, 768)
@@ -108,32 +106,30 @@ def recall_table(questions, passages, encoder, cross_encoder):
     titles = [set(r["metadata"]["supporting_facts"]["title"]) for r in records]
     passages = list(retrieval.load_passages(passages))
     hashed, bm25 = HashedEncoder(passages), BM25(passages)
-    rankers = {
-        "hashed words, Flat": Dense(hashed, retrieval.make_index("Flat", hashed.encode_passages(passages))),
-        "BM25": bm25,
-    }
+    flat = Dense(hashed, retrieval.make_index("Flat", hashed.encode_passages(passages)))
+    rankers = {"hashed words, Flat": flat, "BM25": bm25}
     if encoder:
         dense = TransformerEncoder(encoder)
         vectors = dense.encode_passages(passages)
-        for kind in ("Flat", "SQ8", "SQ4"):  # what rounding real embeddings to a byte or half of one costs
+        for kind in ("Flat", "SQ8", "SQ4"):  # what it costs to round real embeddings to one byte or half a byte
             rankers[f"{Path(encoder).name}, {kind}"] = Dense(dense, retrieval.make_index(kind, vectors))
         rankers[f"BM25, best 50 reordered by {Path(encoder).name}"] = Reordered(bm25, dense, vectors)
     if cross_encoder:
         rankers[f"BM25, best 10 reranked by {Path(cross_encoder).name}"] = Reranker(bm25, passages, cross_encoder)
-    print(
-        f"{len(questions)} questions, {len(passages)} passages\n| engine | recall@3 | recall@10 | ms a query |\n|---|---|---|---|"
-    )
+    print(f"{len(questions)} questions, {len(passages)} passages")
+    print("| engine | recall@3 | recall@10 | ms a query |\n|---|---|---|---|")
     for name, ranker in rankers.items():
         start = time.perf_counter()
         found = SearchEngine(passages, ranker).search(questions, 10)
         spent = time.perf_counter() - start
-        at = lambda k: np.mean([len(want & {p.title for p in got[:k]}) / len(want) for want, got in zip(titles, found)])
+        hits = lambda want, got: len(want & {p.title for p in got}) / len(want)
+        at = lambda k: np.mean([hits(want, got[:k]) for want, got in zip(titles, found)])
         print(f"| {name} | {at(3):.3f} | {at(10):.3f} | {1000 * spent / len(questions):.2f} |", flush=True)
     compare_bm25(bm25, passages, questions)
 
 
 class Reordered:
-    """BM25's best 50 in the order of an encoder's cosine: a bi-encoder in a reranker's place."""
+    """A ranker: BM25's best 50 in the order of an encoder's cosine. Two vectors in place of a cross-encoder."""
 
     def __init__(self, ranker, encoder, vectors):
         self.ranker, self.encoder, self.vectors = ranker, encoder, vectors
@@ -147,14 +143,13 @@ class Reordered:
 
 
 def compare_bm25(bm25, passages, questions):
-    texts = [retrieval.words(HashedEncoder.text(p)) for p in passages]
     if not importlib.util.find_spec("bm25s"):
         print("bm25s is not installed: scores not compared")
         return
     import bm25s
 
     theirs = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
-    theirs.index(texts, show_progress=False)
+    theirs.index([retrieval.words(HashedEncoder.text(p)) for p in passages], show_progress=False)
     worst = 0.0
     for question in questions:
         scores, rows = bm25.rank([question], len(passages))
@@ -162,7 +157,8 @@ def compare_bm25(bm25, passages, questions):
         ours[rows[0][rows[0] >= 0]] = scores[0][rows[0] >= 0]
         known = [w for w in retrieval.words(question) if w in bm25.vocabulary]
         worst = max(worst, np.abs(theirs.get_scores(known) - ours).max())
-    print(f"largest difference to bm25s {bm25s.__version__} (lucene, k1 0.9, b 0.4) over all questions and passages: {worst:.1e}")
+    setting = f"bm25s {bm25s.__version__} (lucene, k1 0.9, b 0.4)"
+    print(f"largest difference to {setting} over all questions and passages: {worst:.1e}")
 
 
 # ----- The server under load -----
@@ -173,11 +169,8 @@ def server_load(requests, clients, hostile):
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "passages.jsonl"
         names = [f"name{i}" for i in range(2000)]
-        corpus.write_text(
-            "".join(
-                json.dumps({"id": str(i), "contents": f'"T{i}"\n{" ".join(rng.choices(names, k=40))}'}) + "\n" for i in range(5000)
-            )
-        )
+        records = ({"id": str(i), "contents": f'"T{i}"\n{" ".join(rng.choices(names, k=40))}'} for i in range(5000))
+        corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
         engine = retrieval.build_index(retrieval.load_passages(corpus))
         direct = SearchEngine(engine.passages, engine.ranker)
         server = Server(engine, port=0)
@@ -199,9 +192,10 @@ def server_load(requests, clients, hostile):
         everyone = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
         [c.start() for c in everyone]
         [c.join() for c in everyone]
+        spent, middle = time.perf_counter() - start, 1000 * statistics.median(times)
         print(
-            f"{len(times)} requests of {clients} clients in {time.perf_counter() - start:.1f} s (the direct calls that they are "
-            f"compared with included), median {1000 * statistics.median(times):.1f} ms; {len(wrong)} wrong answers"
+            f"{len(times)} requests of {clients} clients in {spent:.1f} s (including the direct calls that they are "
+            f"compared with), median {middle:.1f} ms; {len(wrong)} wrong answers"
         )
         before, statuses = resident(), {}
         for i in range(hostile):
@@ -209,11 +203,12 @@ def server_load(requests, clients, hostile):
             statuses[status] = statuses.get(status, 0) + 1
         print(f"{hostile} hostile requests: {dict(sorted(statuses.items(), key=str))}")
         alive = HttpEngine(url).search(["name1 name2"], 3) == direct.search(["name1 name2"], 3)
-        print(f"still serving: {alive}; memory grew by {(resident() - before) / 1e6:.1f} MB; {threading.active_count()} threads")
+        grown = (resident() - before) / 1e6
+        print(f"still serving: {alive}; memory grew by {grown:.1f} MB; {threading.active_count()} threads")
 
 
 def hostile_request(port, i, rng):
-    """One of seven kinds of bad request; returns the status, or what happened instead."""
+    """Send one of seven kinds of bad request -> the HTTP status, or what happened instead."""
     head = lambda length: b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length
     bodies = [
         b"{broken",
@@ -231,7 +226,7 @@ def hostile_request(port, i, rng):
         if kind == 5:  # a body far over the limit, announced and begun
             client.sendall(head(10**12) + b"x" * 10000)
             return client.recv(100).split(b" ")[1].decode() + " (huge)"
-        client.sendall(head(1000) + b"{")  # half a body, and gone
+        client.sendall(head(1000) + b"{")  # half a body, then a hang-up
         return "hung up"
 
 

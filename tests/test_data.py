@@ -1,4 +1,4 @@
-"""Claims about the tiny world, its tokenizer and its base model."""
+"""Claims about the tiny world, its tokenizer and its base model; about real questions, passages and checkpoints."""
 
 import gzip
 import json
@@ -6,6 +6,7 @@ import random
 import re
 import runpy
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -14,28 +15,35 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
-import eval as evaluation
 import searchr1
-from retrieval import engine_from, load_passages
+from conftest import random_model
+from data import Mistake
+from retrieval import SearchFailed, engine_from, load_passages, written_whole
 
 
 def entities(text):
     return {word for word in data.WORD.findall(text) if word in data.KIND_OF}
 
 
+# ----- The tiny world -----
+
+
+@pytest.mark.paper
 def test_no_test_entity_occurs_in_a_training_question(world):
     """Claim: entities of test questions and answers occur in no training question or answer, nor in a passage that
-    mentions a training entity; so nothing learned by heart can help.
+    mentions a training entity. So nothing that is learned by heart can help.
     Fails if: make_world takes `members` of a part from the whole pool.
     """
-    mentioned = [set().union(*(entities(q.question) | set(q.golden_answers) for q in part)) for part in world.questions]
-    assert len(mentioned[0]) > 250 and len(mentioned[1]) > 250 and not mentioned[0] & mentioned[1]
-    assert not any(entities(p.text) & mentioned[0] and entities(p.text) & mentioned[1] for p in world.passages)
+    of = lambda questions: set().union(*(entities(q.text) | set(q.gold_answers) for q in questions))
+    train, test = of(world.train), of(world.test)
+    assert len(train) > 250 and len(test) > 250 and not train & test
+    assert not any(entities(p.text) & train and entities(p.text) & test for p in world.passages)
 
 
+@pytest.mark.paper
 def test_every_question_is_answered_by_following_its_path(world):
-    """Claim: one passage a fact (13 relations), each question's path leads over facts to its gold answer, and no two-hop
-    question leads back to where it started.
+    """Claim: there is one passage a fact (13 relations). A question's path leads over facts to its gold answer, in one
+    hop or two, and no two-hop question leads back to where it started.
     Fails if: _questions asks for the first relation's object in a two-hop question.
     """
     assert len(world.passages) == len(world.facts) == 1980 and len({p.text for p in world.passages}) == 1980
@@ -44,81 +52,102 @@ def test_every_question_is_answered_by_following_its_path(world):
         entity = q.path[0]
         for relation in q.path[1:]:
             entity = world.facts[relation, entity]
-            assert relation in data.WORD.findall(q.question)
-        assert (entity,) == q.golden_answers and entity != q.path[0] and q.path[0] in q.question
-        assert q.golden_answers[0] not in q.question
+            assert relation in data.WORD.findall(q.text)
+        assert (entity,) == q.gold_answers and entity != q.path[0] and q.path[0] in q.text
+        assert q.gold_answers[0] not in q.text
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("top_k", [3, 5])
 def test_an_oracle_scores_one(world, engine, top_k):
-    """Claim: asking "entity relation" always brings the passage: the engine does not cap what can be learned.
-    Fails if: build_index leaves the title out of the text, or HashedEncoder uses the full idf and no title.
+    """Claim: asking "entity relation" always brings the passage, so the engine does not cap what can be learned. A
+    two-hop question counts only if both of its passages were found.
+    Fails if: HashedEncoder.text leaves the title out, or oracle_exact_match looks at the last step of a path only.
     """
     assert data.oracle_exact_match(world, world.test, engine.search, top_k) == 1.0
+    two_hops = [q for q in world.test if q.hops == 2][:200]
+    first = {f"{q.path[0]} {q.path[1]}" for q in two_hops}
+    search = lambda queries, k: [[] if q in first else found for q, found in zip(queries, engine.search(queries, k))]
+    assert data.oracle_exact_match(world, two_hops, search, top_k) == 0.0
 
 
 def test_a_sloppy_query_brings_other_passages(world, engine):
-    """Claim: distractors share words: the entity alone finds the right passage first less than half the time, the
-    relation alone almost never.
-    Fails if: build_index encodes titles alone (the relation would not matter any more).
+    """Claim: passages share words. The entity alone finds the right passage first less than half the time, the relation
+    alone almost never.
+    Fails if: HashedEncoder.text is the title alone (the relation would not matter any more).
     """
     asked = [q for q in world.test if q.hops == 1][:400]
-    states = lambda q: {f.format(x=q.path[0], y=q.golden_answers[0]) for f in data.RELATION[q.path[1]].facts}
-    share = lambda queries: sum(found[0].text in states(q) for q, found in zip(asked, engine.search(queries, 1))) / len(asked)
-    assert share([q.path[0] for q in asked]) < 0.5 and share([q.path[1] for q in asked]) < 0.05
-    assert share([f"{q.path[0]} {q.path[1]}" for q in asked]) > 0.95
+    states = lambda q: {f.format(x=q.path[0], y=q.gold_answers[0]) for f in data.RELATION[q.path[1]].facts}
+    right = lambda queries: sum(p.text in states(q) for q, (p,) in zip(asked, engine.search(queries, 1))) / len(asked)
+    assert right([q.path[0] for q in asked]) < 0.5 and right([q.path[1] for q in asked]) < 0.05
+    assert right([f"{q.path[0]} {q.path[1]}" for q in asked]) > 0.95
 
 
 def test_a_world_is_its_seed(world):
-    """Claim: the same seed gives the same world, another seed other facts.
+    """Claim: the same seed gives the same world, whatever the global random state. Another seed gives other facts.
     Fails if: make_world draws from the global random state.
     """
+    random.seed(1)
     again, other = data.make_world(0), data.make_world(1)
-    assert again.passages == world.passages and again.test == world.test
-    assert sum(world.facts.get(k) == v for k, v in other.facts.items()) < 60
+    assert again == world and sum(world.facts.get(k) == v for k, v in other.facts.items()) < 60
 
 
 def test_questions_are_drawn_by_type(world):
-    """Claim: the share of two-hop questions is the one asked for, and relations are drawn uniformly within a number of hops.
-    Fails if: draw_questions draws questions uniformly (person relations would be six in ten).
+    """Claim: the share of two-hop questions is the one asked for, and relations are drawn uniformly for a given number
+    of hops. The share asked for falls from .8 (up to step 15) to .35 (from step 40 on).
+    Fails if: draw_questions draws questions uniformly (person relations would be six in ten), or two_hop_share drops
+    its max(0.0, ...).
     """
     drawn = data.draw_questions(world.train, 4000, 0.75, random.Random(0))
     assert 0.72 < sum(q.hops == 2 for q in drawn) / 4000 < 0.78
     one_hop = [q.path[1] for q in drawn if q.hops == 1]
     for relation in data.RELATION:
         assert 0.04 < one_hop.count(relation) / len(one_hop) < 0.12  # 1/13 = 0.077
+    assert [data.two_hop_share(step) for step in (1, 15, 40, 99)] == pytest.approx([0.8, 0.8, 0.35, 0.35])
+    assert data.two_hop_share(20) == pytest.approx(0.8 - 0.45 / 5)
+
+
+def test_the_fixed_sample_is_fixed_and_balanced(world):
+    """Claim: it holds the same questions at every call, as many of one hop as of two. A limit of 0, or above all, takes
+    all. Another seed takes others.
+    Fails if: fixed_sample draws from all questions alike (three of four would have two hops).
+    """
+    sample = data.fixed_sample(world.test, 101)
+    assert sample == data.fixed_sample(world.test, 101) and len({q.id for q in sample}) == 101
+    assert sorted(sum(q.hops == h for q in sample) for h in (1, 2)) == [50, 51]
+    assert data.fixed_sample(world.test, 0) == world.test == data.fixed_sample(world.test, 10**6)
+    assert data.fixed_sample(world.test, 101, seed=1) != sample
+
+
+# ----- Its tokenizer and its base model -----
 
 
 def test_the_tokenizer_survives_saving(tokenizer, tmp_path):
-    """Claim: saved beside the model, AutoTokenizer loads it back: same ids, same chat template, no <unk> in the world.
-    Fails if: the model is made with a Qwen2Config (AutoTokenizer then builds its own kind), or a noun phrase's words are missing.
+    """Claim: saved beside the model, AutoTokenizer loads it back: same ids, same chat template. No word of the world is
+    unknown.
+    Fails if: random_model is made with a Qwen2Config (AutoTokenizer then builds its own kind), or make_tokenizer leaves
+    out r.nouns.
     """
-    from conftest import random_model
-
     random_model(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    world = data.make_world(3)
-    texts = (
-        [p.text for p in world.passages]
-        + [q.question for q in world.train + world.test]
-        + data.THOUGHTS
-        + [f"<think> not sure </think> <search> {data.NAMES['person'][0]} </search>", searchr1.RETHINK]
-    )
+    loaded, world = AutoTokenizer.from_pretrained(tmp_path), data.make_world(3)
+    texts = [p.text for p in world.passages] + [q.text for q in world.train + world.test] + data.THOUGHTS
+    texts += [f"<think> not sure </think> <search> {data.NAMES['person'][0]} </search>", searchr1.RETHINK]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    assert loaded(texts, add_special_tokens=False)["input_ids"] == ids and loaded.chat_template == tokenizer.chat_template
-    unknown = tokenizer.unk_token_id
-    assert not any(unknown in row for row in ids)
+    assert loaded(texts, add_special_tokens=False)["input_ids"] == ids
+    assert loaded.chat_template == tokenizer.chat_template
+    assert not any(tokenizer.unk_token_id in row for row in ids)
 
 
+@pytest.mark.paper
 def test_the_base_model_is_shown_the_tokens_of_the_rollout(tokenizer, world, engine):
-    """Claim: prompts, passages and turns that the base model is trained on are, id for id, what rollout() makes.
-    Fails if: poor_episodes puts something other than "doc" before a passage, or CHAT_TEMPLATE changes a tag.
+    """Claim: the prompts, passages and turns that the base model is trained on are, id for id, what rollout() makes.
+    Fails if: _poor_policy puts something other than "doc" before a passage, or CHAT_TEMPLATE changes a tag.
     """
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     questions = world.train[:50]
     for question, episode in zip(questions, data.poor_episodes(questions, engine.search, 3, random.Random(0))):
-        assert encode(episode[0][0]) == encode(searchr1.make_prompt(question.question, tokenizer))
+        assert encode(episode[0][0]) == searchr1.prompt_ids(question, tokenizer, data.TINY_SETTINGS)
         for (turn, own), (block, _) in zip(episode[1::2], episode[2::2]):
             action = searchr1.parse_action(turn)
             assert own and action.kind == "search"
@@ -127,23 +156,45 @@ def test_the_base_model_is_shown_the_tokens_of_the_rollout(tokenizer, world, eng
         assert searchr1.parse_action(episode[-1][0]).kind == "answer"
 
 
+@pytest.mark.paper
+def test_the_base_model_never_sees_the_world_or_a_gold_answer(world, engine, monkeypatch):
+    """Claim: the base model is made on worlds of its own, which agree with a world of the reinforcement learning by
+    chance only. The poor policy that it imitates reads nothing of a question but its text.
+    Fails if: train_base_model calls make_world(config.seed, ...), or poor_episodes draws `searches` from question.hops.
+    """
+    seen, make_world = [], data.make_world
+    monkeypatch.setattr(data, "make_world", lambda *a, **k: seen.append(make_world(*a, **k)) or seen[-1])
+    data.train_base_model(data.BaseConfig(seed=0, reading_steps=1, policy_steps=1, batch_size=2))
+    (own,) = seen
+    assert sum(world.facts.get(k) == v for k, v in own.facts.items()) < 60
+    questions = world.train[:20] + world.train[-20:]
+    bare = [replace(q, id="", gold_answers=(), path=()) for q in questions]
+    episodes = [data.poor_episodes(qs, engine.search, 3, random.Random(0)) for qs in (questions, bare)]
+    assert episodes[0] == episodes[1]
+
+
+@pytest.mark.paper
 def test_the_poor_policy_is_poor(world, engine):
     """Claim: the script that the base model imitates is right in at most 0.3 of one-hop and 0.1 of two-hop questions,
-    searches 0 to 3 times whatever the question, and often the wrong thing.
-    Fails if: poor_episodes answers with an entity that the question does not name, or draws the number of searches from question.hops.
+    searches 0 to 3 times whatever the question, never for a pair twice, and often for the wrong thing.
+    Fails if: _poor_policy answers with the object of the fact that the question asks for; or the weights of the numbers
+    of searches are [1, 1, 1, 1]; or asked.add(query) is dropped.
     """
     for hops, bar in ((1, 0.3), (2, 0.1)):
         questions = random.Random(0).sample([q for q in world.train if q.hops == hops], 800)
         episodes = data.poor_episodes(questions, engine.search, 3, random.Random(1))
-        right = (
-            sum(searchr1.outcome_reward(searchr1.extract_answer(e[-1][0]), q.golden_answers) for e, q in zip(episodes, questions))
-            / 800
-        )
-        assert 0.01 < right < bar
-        searches = [sum(searchr1.parse_action(text).kind == "search" for text, own in e if own) for e in episodes]
-        assert [round(searches.count(n) / 800, 1) for n in range(4)] == [0.2, 0.3, 0.3, 0.2]
+        answers = [searchr1.extract_answer(episode[-1][0]) for episode in episodes]
+        assert 0.01 < sum(searchr1.outcome_reward(a, q.gold_answers) for a, q in zip(answers, questions)) / 800 < bar
+        actions = [[searchr1.parse_action(text) for text, own in episode if own] for episode in episodes]
+        queries = [[action.content for action in of if action.kind == "search"] for of in actions]
+        assert [round(list(map(len, queries)).count(n) / 800, 1) for n in range(4)] == [0.2, 0.3, 0.3, 0.2]
+        asked = sum(f"{q.path[0]} {q.path[1]}" in of for q, of in zip(questions, queries)) / sum(map(bool, queries))
+        assert 0.2 < asked < 0.95
+        pairs = [q for of in queries for q in {q for q in of if of.count(q) > 1 and len(q.split()) == 2}]
+        assert len(pairs) < 8  # a pair comes twice only by way of two random words
 
 
+@pytest.mark.paper
 def test_reading_episodes_can_be_read(world):
     """Claim: every answer of a reading episode stands in the passage that states its question's fact.
     Fails if: reading_episode answers with another passage's object.
@@ -156,14 +207,24 @@ def test_reading_episodes_can_be_read(world):
         for (question, _), (answer, _) in zip(segments[1::2], segments[2::2]):
             (subject,) = entities(question)
             (relation,) = [w for w in data.WORD.findall(question) if w in data.RELATION]
-            assert any(
-                sentence in {f.format(x=subject, y=answer.split()[1]) for f in data.RELATION[relation].facts}
-                for sentence in sentences
-            )
+            states = {f.format(x=subject, y=answer.split()[1]) for f in data.RELATION[relation].facts}
+            assert any(sentence in states for sentence in sentences)
+
+
+def test_only_what_the_policy_wrote_counts_in_full(tokenizer):
+    """Claim: a batch of episodes is their ids, right-padded; the loss weight is 1 on the policy's own tokens, the given
+    one on the others, 0 on padding.
+    Fails if: _batch gives the whole episode the weight of its first segment.
+    """
+    a, b = [("<question> who", False), ("<answer> who </answer>", True)], [("not sure", True)]
+    ids, weights = data._batch(tokenizer, [a, b], 0.25)
+    words = tokenizer.convert_ids_to_tokens(ids.flatten().tolist())
+    assert words == ["<question>", "who", "<answer>", "who", "</answer>", "not", "sure", *["<eos>"] * 3]
+    assert weights.tolist() == [[0.25, 0.25, 1, 1, 1], [1, 1, 0, 0, 0]] and weights.dtype == torch.float32
 
 
 def test_the_base_model_is_cached_whole_under_a_hash_of_its_configuration(tmp_path, monkeypatch):
-    """Claim: the second call loads the same weights without training; another configuration gets another folder; a run
+    """Claim: the second call loads the same weights without training. Another configuration gets another folder. A run
     that dies half-way leaves no folder of that name.
     Fails if: base_model writes straight into `folder`, or leaves the seed out of the hash.
     """
@@ -171,7 +232,8 @@ def test_the_base_model_is_cached_whole_under_a_hash_of_its_configuration(tmp_pa
     model, tokenizer, folder = data.base_model(config, tmp_path)
     monkeypatch.setattr(data, "train_base_model", lambda config: pytest.fail("trained again"))
     again, _, same = data.base_model(config, tmp_path)
-    assert same == folder and all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    pairs = list(zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert same == folder and all(torch.equal(a, b) for a, b in pairs)
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
 
     class Dying(type(model)):
@@ -181,32 +243,25 @@ def test_the_base_model_is_cached_whole_under_a_hash_of_its_configuration(tmp_pa
 
     monkeypatch.setattr(data, "train_base_model", lambda config: (Dying(model.config), tokenizer))
     with pytest.raises(KeyboardInterrupt):
-        data.base_model(data.BaseConfig(seed=1, reading_steps=2, policy_steps=2, batch_size=4), tmp_path)
+        data.base_model(replace(config, seed=1), tmp_path)
     assert [f.name for f in tmp_path.iterdir() if not f.name.startswith("base-unfinished")] == [folder.name]
 
 
-def test_questions_are_read_as_flashrag_has_them(tmp_path):
-    """Claim: id, question, golden_answers; more keys do no harm; a bad line is named by file and number.
-    Fails if: golden_answers given as one string is taken for a list of characters.
+def test_a_world_can_be_looked_at(monkeypatch, capsys):
+    """Claim: `python data.py` prints a world's size, three two-hop questions with what is found for them, and one
+    episode of each kind.
+    Fails if: show_world samples one-hop questions.
     """
-    file = tmp_path / "q.jsonl"
-    good = {"id": "7", "question": "Who?", "golden_answers": ["a", "b"], "metadata": {"type": "bridge"}}
-    file.write_text(json.dumps(good) + "\n\n")
-    assert data.load_questions(file) == [data.Question("7", "Who?", ("a", "b"))]
-    for bad, message in (
-        ("{", "JSON"),
-        ('{"question": ""}', "question"),
-        ('{"question": "q"}', "golden"),
-        ('{"question": "q", "golden_answers": "a"}', "golden"),
-        ('{"question": "q", "golden_answers": []}', "golden"),
-    ):
-        file.write_text(json.dumps(good) + "\n" + bad + "\n")
-        with pytest.raises(ValueError, match=message) as error:
-            data.load_questions(file)
-        assert f"{file} line 2" in str(error.value)
+    monkeypatch.setattr(data, "oracle_exact_match", lambda *_: 1.0)
+    data.main(["--world-seed", "7"])
+    out = capsys.readouterr().out
+    assert re.match(r"world 7: 1980 passages, \d{4} training and \d{4} test questions, 669 tokens\n", out)
+    paths = re.findall("path: (.*)", out)
+    assert len(paths) == 3 and all(path.count(" > ") == 2 for path in paths)
+    assert "the base model reads:\n    <information> doc" in out and "a poor policy:\n    <question>" in out
 
 
-# ----- Real questions and passages -----
+# ----- Real questions -----
 
 
 @pytest.fixture()
@@ -229,23 +284,64 @@ def record(question="Who?", **metadata):
 HOTPOT = record(context={"title": ["Ada", "Bob"], "sentences": [["Ada wrote. ", " She  sang."], ["Bob slept."]]})
 
 
+def test_questions_are_read_as_flashrag_has_them(here):
+    """Claim: id, question, golden_answers; more keys do no harm, and without an id the line's number is one. A bad line
+    is named by file and number, an empty file by its name.
+    Fails if: golden_answers given as one string is taken for a list of characters.
+    """
+    good = {"id": 7, "question": "Who?", "golden_answers": ["a", "b"], "metadata": {"type": "bridge"}}
+    file = here("q.jsonl", good)
+    file.write_text(file.read_text() + '\n{"question": "q", "golden_answers": ["a"]}')
+    assert data.load_questions(file) == [data.Question("7", "Who?", ("a", "b")), data.Question("3", "q", ("a",))]
+    for bad, message in (
+        ("{", "JSON"),
+        ("[1]", '"question"'),
+        ('{"question": ""}', '"question"'),
+        ('{"question": "q"}', "golden"),
+        ('{"question": "q", "golden_answers": "a"}', "golden"),
+        ('{"question": "q", "golden_answers": []}', "golden"),
+    ):
+        file.write_text(json.dumps(good) + "\n" + bad + "\n")
+        with pytest.raises(Mistake, match=message) as error:
+            data.load_questions(file)
+        assert f"{file} line 2" in str(error.value)
+    with pytest.raises(Mistake, match="empty.jsonl: no questions"):
+        data.load_questions(here("empty.jsonl"))
+
+
+@pytest.mark.paper
 def test_sets_by_name_come_with_the_official_splits(here, monkeypatch):
-    """Claim: trained on nq, hotpotqa, ...: train; evaluated on test, where there is none on dev [the official data_process
-    scripts]; "+" joins; what lies under downloads/ is not asked of the hub; the hub's cache is asked before its server; a
-    file of a set's name wins.
-    Fails if: hotpotqa is given a "test" split, fetch asks the hub first, or question_files does not look for a file of that name.
+    """Claim: nq, hotpotqa, ... are trained on `train` and evaluated on `test`, or `dev` where there is no test [the
+    official data_process scripts]. "+" joins. What lies under downloads/ is not asked of the hub; the hub's cache is
+    asked before its server; a file of a set's name wins.
+    Fails if: hotpotqa is given a "test" split, fetch asks the hub first, or question_files ignores a file of that name.
     """
     asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo, file, **how: asked.append((repo, file, how)) or f"/cache/{file}"
-    )
+    get = lambda repo, file, **how: asked.append((repo, file, how)) or f"/cache/{file}"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", get)
     sets = "nq+triviaqa+popqa+hotpotqa+2wikimultihopqa+musique+bamboogle"
     want = "nq/test triviaqa/test popqa/test hotpotqa/dev 2wikimultihopqa/dev musique/dev bamboogle/test".split()
     assert data.question_files(sets, "eval") == [Path(f"/cache/{name}.jsonl") for name in want]
-    assert asked[0] == ("RUC-NLPIR/FlashRAG_datasets", "nq/test.jsonl", {"repo_type": "dataset", "local_files_only": True})
+    how = {"repo_type": "dataset", "local_files_only": True}
+    assert asked[0] == ("RUC-NLPIR/FlashRAG_datasets", "nq/test.jsonl", how)
     mine = here("downloads/nq/train.jsonl", record())
     assert data.question_files("nq+hotpotqa", "train") == [mine, Path("/cache/hotpotqa/train.jsonl")]
     assert data.question_files(str(here("nq+mine", record())), "eval") == [Path("nq+mine")]
+
+
+def test_all_names_are_checked_before_the_first_download(here, monkeypatch):
+    """Claim: a name that is neither a file nor a set, and a set without a training split, are one line that lists what
+    there is; nothing is downloaded.
+    Fails if: question_files fetches a set before it has seen the next name.
+    """
+    monkeypatch.setattr(data, "fetch", lambda *_: pytest.fail("fetched"))
+    for spec, message in (
+        ("nowhere", "cannot read nowhere: no such file, and 'nowhere' is none of the sets nq, triviaqa"),
+        ("nq+webqa", "'webqa' is none of the sets"),
+        ("nq+popqa", "popqa has no training split; nq, triviaqa, hotpotqa, 2wikimultihopqa, musique have one"),
+    ):
+        with pytest.raises(Mistake, match=message):
+            data.load_data(spec, "train")
 
 
 def test_what_is_not_on_disk_is_downloaded(here, monkeypatch):
@@ -261,16 +357,17 @@ def test_what_is_not_on_disk_is_downloaded(here, monkeypatch):
         return str(here("cache.jsonl", record()))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: calls.append(url) or type("Metadata", (), {"size": 7}))
-    assert [q.question for q in data.load_data("bamboogle", "eval")] == ["Who?"]
+    size = lambda url: calls.append(url) or type("Metadata", (), {"size": 7})
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", size)
+    assert [q.text for q in data.load_data("bamboogle", "eval")] == ["Who?"]
     url = "https://huggingface.co/datasets/RUC-NLPIR/FlashRAG_datasets/resolve/main/bamboogle/test.jsonl"
     assert calls == [True, url, False]
 
 
 @pytest.mark.parametrize("trouble", ["offline", "network", "missing", "gated"])
 def test_a_set_out_of_reach_is_one_line_that_says_what_to_put_where(here, monkeypatch, trouble):
-    """Claim: offline mode, no network, 404 and no permission end in one line with the address and the local place, at once:
-    the download, which would try for 20 seconds, is not begun.
+    """Claim: offline mode, no network, 404 and no permission end at once in one line with the address and the local
+    place. The download, which would try for 20 seconds, is not begun.
     Fails if: fetch catches OSError alone (httpx's errors are none), or skips get_hf_file_metadata.
     """
     download, errors = huggingface_hub.hf_hub_download, huggingface_hub.errors
@@ -284,11 +381,11 @@ def test_a_set_out_of_reach_is_one_line_that_says_what_to_put_where(here, monkey
     def ask(url):
         raise error
 
-    if error:
-        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)  # without: HF_HUB_OFFLINE is set in conftest.py
-    cache_only = lambda *a, **how: download(*a, **how) if how.get("local_files_only") else pytest.fail("download begun")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cache_only)
-    with pytest.raises(ValueError) as stopped:
+    if error:  # otherwise HF_HUB_OFFLINE, which conftest.py sets, is the trouble
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    cached = lambda *a, **how: download(*a, **how) if how.get("local_files_only") else pytest.fail("download begun")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    with pytest.raises(Mistake) as stopped:
         data.load_data("musique", "eval")
     line = str(stopped.value)
     assert "resolve/main/musique/dev.jsonl" in line and line.startswith("downloads/musique/dev.jsonl is not there")
@@ -296,32 +393,36 @@ def test_a_set_out_of_reach_is_one_line_that_says_what_to_put_where(here, monkey
 
 
 def test_joined_sets_keep_their_ids_apart(here):
-    """Claim: questions follow one another in the order of the names, with the set's name before an id; one set alone
-    keeps its ids; hops are unknown.
+    """Claim: questions follow one another in the order of the names, with the set's name before an id. One set alone
+    keeps its ids. Hops are unknown.
     Fails if: load_data leaves the names out (FlashRAG numbers every set from test_0 on).
     """
     here("downloads/nq/test.jsonl", record("One?"))
     here("downloads/bamboogle/test.jsonl", record("Two?"), record("Three?") | {"id": "test_1"})
     joined = data.load_data("bamboogle+nq", "eval")
-    assert [(q.id, q.question, q.hops) for q in joined] == [
+    assert [(q.id, q.text, q.hops) for q in joined] == [
         ("bamboogle/test_0", "Two?", 0), ("bamboogle/test_1", "Three?", 0), ("nq/test_0", "One?", 0),
     ]  # fmt: skip
     assert [q.id for q in data.load_data("bamboogle", "eval")] == ["test_0", "test_1"]
 
 
+# ----- Real passages -----
+
+
 def test_contexts_are_the_paragraphs_that_came_with_the_questions(here, capsys):
-    """Claim: HotpotQA's, 2Wiki's and both forms of MuSiQue's paragraphs become passages in the official format, in order and
-    each once, sentences joined by one space; questions without any are left out and counted; made once.
+    """Claim: HotpotQA's, 2Wiki's and both forms of MuSiQue's paragraphs become passages in the official format, in
+    order and each once, sentences joined by one space. Questions without any are counted. The corpus is made once.
     Fails if: sentences are joined without a space, `seen` is not asked, or the key "content" is not looked for.
     """
     paragraph = {"idx": 3, "title": "Dee", "paragraph_text": " Dee swam. "}
+    cy = {"title": ["Bob", "Cy"], "content": [["Bob slept."], ["Cy ran.", "Cy fell."]]}
     files = [
         here("hotpot.jsonl", HOTPOT, record(), HOTPOT),
-        here("2wiki.jsonl", record(context={"title": ["Bob", "Cy"], "content": [["Bob slept."], ["Cy ran.", "Cy fell."]]})),
+        here("2wiki.jsonl", record(context=cy)),
         here(
             "musique.jsonl",
-            record(question_decomposition=[{"id": 1, "support_paragraph": paragraph}, {"id": 2, "support_paragraph": None}]),
-            record(question_decomposition=[{"id": 1, "support_paragraph": str(paragraph | {"title": "E'e"})}]),
+            record(question_decomposition=[{"support_paragraph": paragraph}, {"support_paragraph": None}]),
+            record(question_decomposition=[{"support_paragraph": str(paragraph | {"title": "E'e"})}]),
             record(paragraphs=[{"title": "Flo", "paragraph_text": "Flo \u00e9."}]),
         ),
     ]
@@ -329,7 +430,8 @@ def test_contexts_are_the_paragraphs_that_came_with_the_questions(here, capsys):
     lines = corpus.read_text(encoding="utf-8").splitlines()
     assert lines[0] == r'{"id": "0", "contents": "\"Ada\"\nAda wrote. She  sang."}' and "Flo \u00e9." in lines[5]
     assert [(r["id"], r["contents"]) for r in map(json.loads, lines[1:5])] == [
-        ("1", '"Bob"\nBob slept.'), ("2", '"Cy"\nCy ran. Cy fell.'), ("3", '"Dee"\nDee swam.'), ("4", '"E\'e"\nDee swam.'),
+        ("1", '"Bob"\nBob slept.'), ("2", '"Cy"\nCy ran. Cy fell.'),
+        ("3", '"Dee"\nDee swam.'), ("4", '"E\'e"\nDee swam.'),
     ]  # fmt: skip
     assert [p.title for p in load_passages(corpus)] == ["Ada", "Bob", "Cy", "Dee", "E'e", "Flo"]
     said = capsys.readouterr().out
@@ -341,33 +443,34 @@ def test_contexts_are_the_paragraphs_that_came_with_the_questions(here, capsys):
 
 
 def test_questions_without_paragraphs_are_one_line_and_leave_nothing(here):
-    """Claim: a file none of whose questions brings a paragraph, and a line in another form, are errors that name the file;
-    no half-written corpus stays behind.
-    Fails if: the check of `bare` is left out, or write_lines writes under the final name.
+    """Claim: a file in which no question brings a paragraph, and a line in another form, are errors that name the file.
+    No half-written corpus stays behind.
+    Fails if: the check of `bare` is left out, or write_lines opens `path` itself.
     """
     nq = here("nq.jsonl", record(), record())
     odd = here("odd.jsonl", HOTPOT, record(context={"title": ["A", "B"], "sentences": [["one"]]}))
-    with pytest.raises(ValueError, match="nq.jsonl: no question brings paragraphs.*wiki18"):
+    with pytest.raises(Mistake, match="nq.jsonl: no question brings paragraphs.*wiki18"):
         data.contexts_corpus([here("hotpot.jsonl", HOTPOT), nq], "corpora")
-    with pytest.raises(ValueError, match="odd.jsonl line 2: paragraphs in an unknown form"):
+    with pytest.raises(Mistake, match="odd.jsonl line 2: paragraphs in an unknown form"):
         data.contexts_corpus([odd], "corpora")
-    with pytest.raises(ValueError, match="give a question file"):
+    with pytest.raises(Mistake, match="give a question file"):
         data.resolve_corpus("contexts", [], folder="corpora")
     assert list(Path("corpora").iterdir()) == []
 
 
 def test_a_corpus_by_name_becomes_an_index_once(here, monkeypatch):
-    """Claim: `contexts` is a flat index that finds what came with the questions, bm25:contexts one by words; both are built at
-    the first call only; eval.py's task() takes them with a set by name; any other --corpus is passed through.
+    """Claim: `contexts` is a flat index that finds what came with the questions, bm25:contexts finds it by words. Both
+    are built at the first call only. task() takes them with a set by name. Any other --corpus is passed through.
     Fails if: resolve_corpus builds although the folder is complete, or strips "bm25:" from a file.
     """
     here("downloads/hotpotqa/dev.jsonl", HOTPOT)
-    questions, engine, world = evaluation.task(0, "contexts", "hotpotqa")
-    assert world is None and [q.question for q in questions] == ["Who?"]
+    questions, engine, world = data.task(0, "contexts", "hotpotqa")
+    assert world is None and [q.text for q in questions] == ["Who?"]
     assert [p.title for p in engine.search(["who wrote and sang?"], 1)[0]] == ["Ada"]
     files = data.question_files("hotpotqa", "eval")
     words = data.resolve_corpus("bm25:contexts", files)
-    assert words.startswith("bm25:outputs/corpora/contexts-") and engine_from(words).search(["slept"], 3)[0][0].title == "Bob"
+    assert words.startswith("bm25:outputs/corpora/contexts-")
+    assert engine_from(words).search(["slept"], 3)[0][0].title == "Bob"
     monkeypatch.setattr(data, "build", lambda *_: pytest.fail("built again"))
     assert data.resolve_corpus("bm25:contexts", files) == words
     folder = data.resolve_corpus("contexts", files)
@@ -377,8 +480,8 @@ def test_a_corpus_by_name_becomes_an_index_once(here, monkeypatch):
 
 
 def test_wiki18_is_unpacked_and_indexed_in_a_byte_a_number(here, capsys):
-    """Claim: the packed corpus under downloads/wiki18 becomes an IVF-SQ8 index, whose size is said; with the file unpacked
-    beside it that one is read.
+    """Claim: the packed corpus under downloads/wiki18 becomes an IVF-SQ8 index, whose size is said. If the file lies
+    unpacked beside it, that one is read.
     Fails if: resolve_corpus builds a Flat index for wiki18, or looks for the corpus elsewhere.
     """
     passages = [{"id": str(i), "contents": f'"T{i}"\nnumber{i} stands here'} for i in range(40)]
@@ -387,91 +490,138 @@ def test_wiki18_is_unpacked_and_indexed_in_a_byte_a_number(here, capsys):
     plain.unlink()
     folder = data.resolve_corpus("wiki18", [])
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    assert manifest["index"] == "IVF-SQ8" and manifest["n"] == 40 and "GB on disk and in memory" in capsys.readouterr().out
+    assert manifest["index"] == "IVF-SQ8" and manifest["n"] == 40
+    assert "GB on disk and in memory" in capsys.readouterr().out
     assert engine_from(folder).search(["number7"], 1)[0][0].title == "T7"
     here("downloads/wiki18/wiki-18.jsonl", *passages[:10])
     assert len(engine_from(data.resolve_corpus("bm25:wiki18", [])).passages) == 10
 
 
-# ----- Export -----
-
-# From verl's and SkyRL's converters, word for word.
-VERL_PREFIX = (
-    "Answer the given question. You must conduct reasoning inside <think> and </think> "
-    "first every time you get new information. After reasoning, if you find you lack "
-    "some knowledge, you can call a search engine by <tool_call> query </tool_call> "
-    "and it will return the top searched results between <tool_response> and "
-    "</tool_response>. You can search as many times as your want. If you find no "
-    "further external knowledge needed, you can directly provide the answer inside "
-    "<answer> and </answer>, without detailed illustrations. For example, "
-    "<answer> Beijing </answer>. Question: "
-)
-
-
-def test_exported_rows_are_those_of_the_converters(here):
-    """Claim: verl's row is, key for key and word for word, what its own converter writes (plus agent_name, without which its
-    default agent never searches); SkyRL's has env_class and reward_spec, and with --system "" the prompt is exactly ours;
-    rows are numbered through both sets.
-    Fails if: the rows of each set are numbered from 0, tags are replaced in the question, too, or reward_model keeps its name.
+def test_a_mistake_about_questions_or_passages_is_found_early_and_is_one_line(here, monkeypatch):
+    """Claim: task() reads the questions before it builds an index. A corpus that is not there, a line of it that is no
+    passage, and an encoder that does not exist are Mistakes.
+    Fails if: task resolves the corpus before load_data, or calls resolve_corpus outside of its `try`.
     """
-    here("downloads/nq/train.jsonl", record("who said research> first") | {"golden_answers": ["Ada", "A. L."]})
-    here("downloads/hotpotqa/train.jsonl", record("Who?"))
-    data.main("export verl --data nq+hotpotqa --output verl.json".split())
-    first, second = [json.loads(line) for line in Path("verl.json").read_text().splitlines()]
-    question, truth = "who said research> first?", {"target": ["Ada", "A. L."]}
-    assert first == {
-        "data_source": "searchR1_nq",
-        "prompt": [
-            {"role": "system", "content": "You are a helpful and harmless assistant."},
-            {"role": "user", "content": VERL_PREFIX + question},
-        ],
-        "ability": "fact-reasoning",
-        "agent_name": "tool_agent",
-        "reward_model": {"style": "rule", "ground_truth": truth},
-        "extra_info": {
-            "index": 0,
-            "need_tools_kwargs": True,
-            "question": question,
-            "split": "train",
-            "tools_kwargs": {
-                "search": {"create_kwargs": {"ground_truth": truth, "question": question, "data_source": "searchR1_nq"}}
-            },
-        },
-        "metadata": None,
-    }
-    assert second["data_source"] == "searchR1_hotpotqa" and second["extra_info"]["index"] == 1
-    data.main(["export", "skyrl", "--data", "nq", "--output", "sky.jsonl", "--system", ""])
-    (row,) = [json.loads(line) for line in Path("sky.jsonl").read_text().splitlines()]
-    assert row.pop("env_class") == "search" and row.pop("reward_spec") == first.pop("reward_model")
-    assert row.pop("prompt") == [{"role": "user", "content": searchr1.make_prompt("who said research> first")}]
-    first.pop("agent_name"), first.pop("prompt")
-    assert row == first
-    data.main("export skyrl --data downloads/nq/train.jsonl --split eval --name popqa --output sky.jsonl".split())
-    row = json.loads(Path("sky.jsonl").read_text())
-    assert row["data_source"] == "searchR1_popqa" and row["extra_info"]["split"] == "test"
+    here("q.jsonl", HOTPOT)
+    here("bad.jsonl", HOTPOT, {"question": "no answer"})
+    here("p.jsonl", {"id": "0", "contents": '"T"\ntext'}, {"id": "1"})
+    for corpus, message in (
+        ("gone.jsonl", "^cannot read gone.jsonl: No such file"),
+        ("p.jsonl", "p.jsonl line 2: a passage needs"),
+        ("contexts", "no encoder could be loaded from no/encoder"),
+    ):
+        with pytest.raises(Mistake, match=message):
+            data.task(0, corpus, "q.jsonl", encoder="no/encoder")
+    monkeypatch.setattr(data, "build", lambda *_: pytest.fail("built"))
+    with pytest.raises(Mistake, match="bad.jsonl line 2"):
+        data.task(0, "contexts", "bad.jsonl")
+
+
+# ----- Checkpoints, and what a user can get wrong -----
+
+
+def test_a_conversation_runs_as_the_checkpoint_was_trained(tmp_path):
+    """Claim: search_r1.json decides about conversations, world, corpus, encoder and method, also one that was written
+    before there were `encoder`, `method` and `base`: a policy of --no-search is then asked as r1. Without the file, the
+    paper's settings hold for real data, else the tiny world's.
+    Fails if: load_settings prefers its defaults, gives a real model fourteen tokens a turn, or ignores do_search.
+    """
+    settings, about = data.load_settings(tmp_path)
+    assert settings == data.TINY_SETTINGS and about["world_seed"] == 0 and about["corpus"] is None
+    assert data.load_settings(tmp_path, real=True)[0] == searchr1.Settings()
+    assert searchr1.Settings().max_new_tokens == 500
+    mine = searchr1.Settings(2, 60, 70, 800, 5, True, searchr1.RETHINK)  # older ones hold the sentence itself
+    saved = asdict(mine) | {"world_seed": 5, "corpus": "wiki18"}
+    for more, method in (({}, "search-r1"), ({"do_search": False}, "r1"), ({"method": "sft", "encoder": "e5"}, "sft")):
+        (tmp_path / "search_r1.json").write_text(json.dumps(saved | more))
+        settings, about = data.load_settings(tmp_path, real=True)
+        assert settings == replace(mine, do_search=more.get("do_search", True)) and about["base"] is None
+        assert (about["world_seed"], about["corpus"], about["method"]) == (5, "wiki18", method)
+        assert about["encoder"] == more.get("encoder", "hashed")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Claim: the hub is asked once for a model that is no folder and not in its cache, before transformers tries.
+    Fails if: reach_hub is not called in load_checkpoint.
+    """
+    asked = []
+
+    def silent(url):
+        asked.append(url)
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", silent)
+    monkeypatch.setattr(data, "AutoModelForCausalLM", None)  # would be an AttributeError
+    with pytest.raises(Mistake, match="nor in the hub's cache, and the hub does not give it .*no route"):
+        data.load_checkpoint("Some/Model-0.5B")
+    assert asked == ["https://huggingface.co/Some/Model-0.5B/resolve/main/config.json"]
+
+
+def test_a_head_that_is_not_linear_is_refused(tmp_path, tokenizer, model, monkeypatch):
+    """Claim: a model whose logits are not head(hidden), or whose head has a bias, is refused: rollout and trainer would
+    work with another policy.
+    Fails if: load_checkpoint does not compare, or does not look at head.bias.
+    """
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert len(data.load_checkpoint(str(tmp_path))[1]) == len(tokenizer)
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(len(tokenizer)))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "from_pretrained", classmethod(lambda *_, **__: model))
+        with pytest.raises(Mistake, match="not one linear map"):
+            data.load_checkpoint(str(tmp_path))
+
+    def capped(self, input_ids, **_):
+        hidden = self.model(input_ids=input_ids).last_hidden_state
+        return type("Out", (), {"logits": 30 * torch.tanh(self.lm_head(hidden) / 30)})
+
+    monkeypatch.setattr(type(model), "forward", capped)
+    with pytest.raises(Mistake, match="not one linear map"):
+        data.load_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "error, line",
     [
-        ("export verl --data nq --output x.jsonl", "ends in .json"),
-        ("export verl --data mine.jsonl --output x.json", "--name"),
-        ("export verl --data bad.jsonl --name nq --output x.json", "bad.jsonl line 2"),
-        ("export skyrl --data nowhere --output x.json", "cannot read nowhere"),
-        ("export skyrl --data nq+webqa --output x.json", "'webqa' is none of the sets"),
-        ("export skyrl --data popqa --output x.json", "popqa has no training split"),
-        ("export skyrl --data mine.jsonl --name nq --output no/x.json", "no/x.json"),
+        (Mistake("--limit cannot be negative"), "--limit cannot be negative"),
+        (SearchFailed("the engine is gone"), "the engine is gone"),
+        ("full disk", "[Errno 28] No space left on device"),
+        (KeyboardInterrupt(), "interrupted"),
+        (ValueError("ours"), None),
     ],
 )
-def test_an_export_that_cannot_be_is_one_line_and_writes_nothing(here, monkeypatch, capsys, flags, message):
-    """Claim: exit code 2 and one line; no file, whole or half, appears.
-    Fails if: data.py lets a ValueError through, or question_files downloads a set before it has seen the next name.
+def test_what_a_user_can_put_right_is_one_line(tmp_path, monkeypatch, capsys, error, line):
+    """Claim: a Mistake, an engine that is gone and a disk that is full end in one line and exit code 2, Ctrl-C in exit
+    code 130. A disk that fails leaves the old file and no other. Any other error is ours and keeps its traceback.
+    Fails if: run_main catches ValueError, or not OSError.
     """
-    here("mine.jsonl", record())
-    here("bad.jsonl", record(), {"question": "no answer"})
-    monkeypatch.setattr(sys, "argv", ["data.py", *flags.split()])
+    path = tmp_path / "out.jsonl"
+    data.write_lines(path, [{"old": 1}])
+
+    def main():
+        if isinstance(error, Exception | KeyboardInterrupt):
+            raise error
+        data.write_lines(path, [{"new": 2}])
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(written_whole.__globals__["os"], "fsync", full)
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
+    with pytest.raises(SystemExit if line else ValueError) as stopped:
+        data.run_main(main)
+    assert path.read_text() == '{"old": 1}\n' and list(tmp_path.iterdir()) == [path]
+    if line:
+        assert stopped.value.code == (130 if line == "interrupted" else 2)
+        assert capsys.readouterr().err == f"train.py: {line}\n"
+
+
+def test_an_unknown_flag_is_one_line_without_the_usage(monkeypatch, capsys):
+    """Claim: `python data.py --nonsense` prints one line that names the flag and points to --help, exit code 2.
+    Fails if: main uses argparse.ArgumentParser.
+    """
+    monkeypatch.setattr(sys, "argv", ["data.py", "--nonsense"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(data.__file__, run_name="__main__")
-    error = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and message in error and "\n" not in error
-    assert sorted(p.name for p in Path().iterdir()) == ["bad.jsonl", "mine.jsonl"]
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "--nonsense (--help lists the flags)" in error

@@ -1,7 +1,8 @@
-"""Claims about kernels.py. Every reference is float64 autograd over the plain expression, never the code under test.
+"""Claims about kernels.py. The truth is always float64 autograd over the plain expression, never the code under test.
 
-Each claim is put to both implementations: "torch", the twins, and "triton", the kernels, which run interpreted on the
-CPU or, where there is a GPU, compiled on it. BLOCK is 64 here, so that a row of a few hundred columns has several.
+Each claim is tested for both implementations: "torch", the twins, and "triton", the kernels. The kernels are compiled
+where there is a GPU, and run in Triton's interpreter elsewhere. BLOCK is 64 here, so a row of a few hundred columns has
+several blocks.
 """
 
 import json
@@ -15,24 +16,25 @@ import torch
 
 import bench_kernels
 import kernels
+from conftest import a_batch
 from kernels import fused_linear_logprob_kl, fused_logprob_kl
 from searchr1 import kl_k1, kl_k2, kl_k3
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
 INF = float("inf")
-need_triton = pytest.mark.skipif(not kernels.HAVE_TRITON, reason="unproved here, for want of Triton: that the kernels are right")
+need_triton = pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is missing; unproved: the kernels are right")
 
 
 def python(code, **environment):
-    """Start code in a new process, since Triton reads its variable when kernels.py is imported."""
+    """Start code in a new process, since Triton reads TRITON_INTERPRET when kernels.py is imported."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiling(tmp_path_factory):
-    """The process of the slowest test, which begins with the first test of this file and runs beside the others."""
+    """The process of the slowest test. It starts with the first test of this file and runs beside the others."""
     with python(COMPILE, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))) as process:
         yield process
         process.kill()
@@ -72,12 +74,12 @@ def close(got, want, atol=2e-5, rtol=0.0):
 
 
 def gradients(outputs, upstream, *inputs):
-    """Gradients of sum_k upstream_k * output_k; entropy, KL and log-prob weigh in with different numbers."""
+    """Gradients of sum_k upstream_k * output_k. Log-prob, entropy and KL have different upstream gradients."""
     return torch.autograd.grad(sum((u * x).sum() for u, x in zip(upstream, outputs)), inputs)
 
 
 def compare_logits(logits, target, ref_logits, temperature, impl, atol=2e-5, rtol=0.0):
-    """All four values and the gradient of all three differentiable ones against float64."""
+    """Compare all four values with float64, and the gradient of the three that have one."""
     upstream = rand(3, *target.shape)
     logits64 = logits.detach().double().requires_grad_()
     logits = logits.detach().requires_grad_()
@@ -94,25 +96,28 @@ def compare_logits(logits, target, ref_logits, temperature, impl, atol=2e-5, rto
 
 @pytest.mark.parametrize("vocabulary, temperature", [(1, 0.6), (7, 0.6), (129, 1.0), (129, 0.6), (500, 0.6)])
 def test_values_and_gradients_equal_the_float64_expression(vocabulary, temperature, impl):
-    """Claim: log-prob, entropy, exact KL, the reference's log-prob and the gradients are those of float64 within 2e-5,
-    also for a vocabulary of one token and for one that ends inside a block.
-    Fails if, in the kernel or in the twin: a sum is not re-based when the maximum moves (`tl.exp(shift) * s` -> `s`), or
-    a moment (`u + s * shift` -> `u`; `shift - shift_y` -> `shift`); a column past the end counts (`other=-inf` -> `0.0`);
-    the last block is left out (`range(0, columns, BLOCK)` -> `range(0, columns - BLOCK + 1, BLOCK)`); the temperature is
-    forgotten in the gradient (`* inverse_T` in dx); the entropy's or the KL's term has the wrong sign; the target's
-    column is off by one (`column + first_column ==` -> `column + first_column + 1 ==`).
+    """Claim: log-prob, entropy, exact KL, the reference's log-prob and the gradients equal those of float64 within
+    2e-5. This holds for a vocabulary of one token, and for one that ends inside a block.
+    Fails if, in a kernel: a sum is not re-based when the maximum rises (`tl.exp(shift) * s` -> `s`), or a moment is not
+    (`u + s * shift` -> `u`; `shift - shift_y` -> `shift`); a column past the end counts (`other=float("-inf")` ->
+    `other=0.0`); the last block is left out (`range(0, columns, BLOCK)` -> `range(0, columns - BLOCK + 1, BLOCK)`); the
+    gradient lacks 1 / T (`* inverse_T` taken out of dx); the entropy or the KL has the wrong sign in it
+    (`inner -= g_kl` -> `inner += g_kl`; in the twin `inner - g_kl` -> `inner + g_kl`); the target's column is off by
+    one (`column + first_column ==` -> `column + first_column + 1 ==`).
     """
-    rows = 5
-    compare_logits(rand(rows, vocabulary, scale=2), integers(vocabulary, rows), rand(rows, vocabulary, scale=2), temperature, impl)
+    logits, ref_logits = rand(5, vocabulary, scale=2), rand(5, vocabulary, scale=2)
+    compare_logits(logits, integers(vocabulary, 5), ref_logits, temperature, impl)
 
 
 @pytest.mark.parametrize("chunk", [None, 50])
 def test_the_linear_path_equals_the_float64_expression_slice_by_slice(chunk, impl):
     """Claim: the four numbers and the gradients of hidden states and weight are those of the whole vocabulary, however
-    it is cut into slices, here also in the middle of a block.
-    Fails if: the state of earlier slices is not joined to a slice's (`s += tl.exp(shift) * s_before` taken out, or
-    without tl.exp(shift); likewise u, w, sy); `- first_column` is forgotten for the target; d_weight is written to
-    [v, v + BLOCK).
+    it is cut into slices. Here a slice may end in the middle of a block.
+    Fails if: the state of the earlier slices is not added to a slice (`s += tl.exp(shift) * s_before` taken out;
+    likewise u, w, sy) or not re-based (`s += tl.exp(shift) * s_before` -> `s += s_before`; in the twin
+    `torch.exp(shift) * s + share[1]` -> `s + share[1]`); the target is not counted from the slice's first column
+    (`- first_column` taken out); d_weight is written to the wrong rows (`d_weight[v : v + chunk]` ->
+    `d_weight[:chunk]`).
     """
     n, V, D = 6, 129, 12
     hidden, weight, ref_hidden, ref_weight = rand(n, D), rand(V, D, scale=0.5), rand(n, D), rand(V, D, scale=0.5)
@@ -127,36 +132,74 @@ def test_the_linear_path_equals_the_float64_expression_slice_by_slice(chunk, imp
         close(g, x)
 
 
+@pytest.mark.parametrize("head", ["one lm_head", "two lm_heads"])
+def test_one_pass_with_a_reference_equals_two_passes_and_the_kl_over_all_tokens(head, impl):
+    """Claim: one call with a reference gives the log-prob and entropy of a call for the policy, and the log-prob of a
+    call for the reference. Its kl is sum_a p_a (ln p_a - ln q_a) over all tokens a, in float64, and the gradients of
+    logp and of kl, each by itself, are float64's. The lm_head is trained; the reference has its own or the same one
+    (adapters), and no gradient comes from the reference in either case.
+    Fails if: the reference's logits are made with the policy's lm_head (`slice_of_logits(ref_rows, ref_weight` ->
+    `slice_of_logits(ref_rows, weight`, forward or backward); the KL's gradient lacks its constant
+    (`g_kl * (kl + torch.log(s) - torch.log(sy))` -> `g_kl * kl`); backward forgets the reference (`if g_kl is None:` ->
+    `if True:`); ref_logp is the policy's (`(y_a - my)` -> `(x_a - m)` in finish_state).
+    """
+    n, V, D, T = 5, 7, 4, 0.7
+    hidden, weight, ref_hidden = rand(n, D).requires_grad_(), rand(V, D).requires_grad_(), rand(n, D)
+    ref_weight = weight if head == "one lm_head" else rand(V, D)
+    target, mask = integers(V, n), torch.tensor([1, 1, 0, 1, 1], device=DEVICE)
+    score = lambda *a: fused_linear_logprob_kl(*a, temperature=T, chunk=3, impl=impl)
+    out = score(hidden, weight, target, mask, ref_hidden, ref_weight)
+    policy, reference = score(hidden, weight, target, mask), score(ref_hidden, ref_weight, target, mask)
+    for one_pass, two_passes in zip((out.logp, out.entropy, out.ref_logp), (*policy[:2], reference.logp)):
+        close(one_pass, two_passes, atol=1e-6)
+    assert not out.ref_logp.requires_grad
+
+    hidden64, weight64 = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logp64 = torch.log_softmax(hidden64 @ weight64.T / T, -1)
+    logq64 = torch.log_softmax(ref_hidden.double() @ ref_weight.detach().double().T / T, -1)
+    kl64 = sum(logp64[:, a].exp() * (logp64[:, a] - logq64[:, a]) for a in range(V))
+    close(out.kl, kl64 * mask)
+    upstream = rand(n)
+    for got, want in ((out.logp, logp64[torch.arange(n), target]), (out.kl, kl64)):
+        got = torch.autograd.grad((upstream * got).sum(), (hidden, weight), retain_graph=True)
+        want = torch.autograd.grad((upstream * mask * want).sum(), (hidden64, weight64), retain_graph=True)
+        for g, w in zip(got, want):
+            close(g, w)
+
+
 @pytest.mark.parametrize("dtype, ulp", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
 def test_half_precision_logits_lose_nothing_but_the_rounding_of_the_result(dtype, ulp, impl):
-    """Claim: with bf16 or fp16 logits the values are still those of float64 within 2e-5, and the gradient, which comes
-    back in the logits' dtype, is within one unit in the last place. (One, not a half: the interpreter truncates where a
-    GPU rounds.)
-    Fails if: the twin subtracts in the logits' dtype (`x_nc.float() - m_n` -> `x_nc - m_n.to(x_nc.dtype)`), or the kernel
-    rounds e (`tl.exp(z)` -> `tl.exp(z).to(tl.float16).to(tl.float32)`).
+    """Claim: with bf16 or fp16 logits the values still equal those of float64 within 2e-5. The gradient has the dtype
+    of the logits and is within one unit in the last place. (One, not a half: the interpreter truncates where a GPU
+    rounds.)
+    Fails if: the twin subtracts in the dtype of the logits (`x_nc.float() - m_n[:, None]` ->
+    `x_nc - m_n[:, None].to(x_nc.dtype)`), or the kernel rounds e (`e = tl.exp(z)` ->
+    `e = tl.exp(z).to(tl.float16).to(tl.float32)`).
     """
     logits, ref_logits = rand(5, 129, scale=2).to(dtype), rand(5, 129, scale=2).to(dtype)
     compare_logits(logits, integers(129, 5), ref_logits, 1.0, impl, atol=1e-6, rtol=ulp)
 
 
 def test_logits_of_ten_thousand_keep_their_digits(impl):
-    """Claim: logits near +1e4, near -1e4 and spread over both are as exact as small ones.
-    Fails if: finish_state subtracts a log-sum-exp (`x_a - (m + T ln s)`), in which ln s has lost three digits; new_state
-    starts the maximum at 0, so that rows near -1e4 sum to 0.
+    """Claim: logits near +1e4, near -1e4 and a mixture of both are as exact as small ones.
+    Fails if: finish_state subtracts a log-sum-exp (`(x_a - m) / temperature - torch.log(s)` ->
+    `x_a / temperature - (m / temperature + torch.log(s))`), which has lost three digits of ln s; new_state starts the
+    maxima at 0 (`LOWEST` -> `0`), so that the sum of a row near -1e4 is 0.
     """
-    noise = torch.tensor([[0.0, 1.5, -2.0, 0.25, 1.0, -0.75] * 20]).to(DEVICE)  # exact in fp32 at 1e4, too
+    noise = torch.tensor([[0.0, 1.5, -2.0, 0.25, 1.0, -0.75] * 20]).to(DEVICE)  # exact in fp32, also beside 1e4
     logits = torch.cat([noise + 1e4, noise - 1e4, torch.where(noise > 0.5, noise + 1e4, noise - 1e4)])
     compare_logits(logits, torch.tensor([7, 7, 7]).to(DEVICE), noise.repeat(3, 1), 1.0, impl)
-    target = torch.tensor([0]).to(DEVICE)  # 20000 below the best
+    target = torch.tensor([0]).to(DEVICE)  # 20000 below the best token
     got = fused_logprob_kl(logits[2:], target, impl=impl).logp
     close(got, expression(logits[2:], target, noise)[0], atol=2e-3, rtol=1e-7)
 
 
 def test_blocks_of_minus_infinity_are_probability_zero(impl):
-    """Claim: whole blocks of -inf, at the beginning, in the middle or at the end, or of the lowest finite number, which
-    many use in its place, change nothing for the others, and get gradient 0. Nothing becomes NaN.
-    Fails if: LOWEST becomes -inf; new_state starts the maxima at -inf; differences does not clamp; the kernel does not
-    (`tl.maximum((x - m_new) * inverse_T, LOWEST_IN_KERNEL)` -> without tl.maximum).
+    """Claim: whole blocks of -inf, or of the lowest finite number that many use in its place, change nothing for the
+    other columns and get gradient 0, wherever in the row they are. Nothing becomes NaN.
+    Fails if: LOWEST is -inf (`LOWEST = -1e30` -> `LOWEST = float("-inf")`); differences does not clamp
+    (`.clamp_min_(LOWEST)` taken out); the kernel does not (`tl.maximum((x - m_new) * inverse_T, LOWEST_IN_KERNEL)` ->
+    `(x - m_new) * inverse_T`).
     """
     logits, ref_logits = rand(4, 256), rand(4, 256)
     alive = torch.ones(4, 256, dtype=torch.bool, device=DEVICE)
@@ -179,8 +222,8 @@ def test_blocks_of_minus_infinity_are_probability_zero(impl):
 
 
 def test_a_sure_policy_has_no_entropy_and_no_gradient(impl):
-    """Claim: p close to 1 costs no accuracy: log-prob, entropy and gradient stay within 2e-6 of float64 and finite.
-    Fails if: the kernel adds 1e-5 to s before the logarithm ("for safety"), or the entropy is log s - m - u/s.
+    """Claim: where p is close to 1, log-prob, entropy and gradient are finite and equal those of float64 within 2e-6.
+    Fails if: finish_state adds 1e-5 to s "for safety" (`torch.log(s) - u / s` -> `torch.log(s + 1e-5) - u / s`).
     """
     logits = torch.zeros(2, 129, device=DEVICE).requires_grad_()
     with torch.no_grad():
@@ -197,30 +240,23 @@ def test_a_sure_policy_has_no_entropy_and_no_gradient(impl):
 
 @pytest.mark.parametrize("layout", ["shifted", "transposed", "every second column", "expanded", "padded vocabulary"])
 def test_inputs_need_not_be_contiguous(layout, impl):
-    """Claim: views give what their contiguous copies give, gradients included.
-    Fails if: a kernel assumes that rows follow each other (`row * x_stride` -> `row * columns`, in either; likewise
-    y_stride), or run that columns do (`.contiguous()` taken out).
+    """Claim: views give the same as their contiguous copies, gradients included.
+    Fails if: a kernel assumes that rows follow each other without gaps (`row * x_stride` -> `row * columns`, in either
+    kernel; likewise y_stride), or that columns do (`t.stride(1) == 1 else t.contiguous()` -> `True else t` in run).
     """
-    shapes = {
-        "shifted": (2, 4, 100),
-        "transposed": (100, 2, 3),
-        "every second column": (2, 3, 200),
-        "expanded": (1, 3, 100),
-        "padded vocabulary": (2, 3, 130),
-    }
-    base = rand(*shapes[layout]).requires_grad_()
-    views = {
-        "shifted": lambda t: t[:, :-1],
-        "transposed": lambda t: t.permute(1, 2, 0),
-        "every second column": lambda t: t[:, :, ::2],
-        "expanded": lambda t: t.expand(2, 3, 100),
-        "padded vocabulary": lambda t: t[:, :, :100],
-    }
+    shape, view = {
+        "shifted": ((2, 4, 100), lambda t: t[:, :-1]),
+        "transposed": ((100, 2, 3), lambda t: t.permute(1, 2, 0)),
+        "every second column": ((2, 3, 200), lambda t: t[:, :, ::2]),
+        "expanded": ((1, 3, 100), lambda t: t.expand(2, 3, 100)),
+        "padded vocabulary": ((2, 3, 130), lambda t: t[:, :, :100]),
+    }[layout]
+    base = rand(*shape).requires_grad_()
     target, upstream = integers(100, 2, 3), rand(3, 2, 3)
     base64 = base.detach().double().requires_grad_()
-    ref = views[layout](base.detach().flip(-1) * 0.5)
-    got = fused_logprob_kl(views[layout](base), target, None, ref, 1.0, impl)
-    want = expression(views[layout](base64), target, ref)
+    ref = view(base.detach().flip(-1) * 0.5)
+    got = fused_logprob_kl(view(base), target, None, ref, 1.0, impl)
+    want = expression(view(base64), target, ref)
     for g, x in zip(got, want):
         close(g, x)
     close(*gradients(got, upstream, base), *gradients(want, upstream, base64))
@@ -231,10 +267,11 @@ def test_inputs_need_not_be_contiguous(layout, impl):
 
 @pytest.mark.parametrize("level", ["logits", "linear"])
 def test_nothing_leaks_out_of_masked_rows(level, impl):
-    """Claim: NaN and inf in masked rows change no output and no gradient; those rows get exactly 0 of both, and a mask
-    of 0 is the same as a target of -100.
-    Fails if: rows are multiplied by the mask instead of selected (run: all rows, outputs * mask); run ignores the mask or
-    the -100; the kernel reads row i instead of rows[i] (`tl.load(rows_ptr + i)` -> `i.to(tl.int64)`).
+    """Claim: NaN and inf in masked rows change no output and no gradient. Those rows get exactly 0 in both. A mask of 0
+    means the same as a target of -100.
+    Fails if: run ignores the mask (`(target != IGNORE_INDEX) & (mask != 0)` -> `target != IGNORE_INDEX`) or the -100
+    (-> `mask != 0`); slice_of_logits takes the wrong rows (`rows[index_n]` -> `rows[: len(index_n)]`); a kernel reads
+    row i instead of the i-th active row (`tl.load(rows_ptr + i)` -> `i.to(tl.int64)`).
     """
     n, V, D = 8, 100, 6
     rows = rand(n, V if level == "logits" else D)
@@ -244,7 +281,12 @@ def test_nothing_leaks_out_of_masked_rows(level, impl):
     garbage = torch.tensor([float("nan"), INF, -INF], device=DEVICE).repeat(n, rows.shape[1])[:, : rows.shape[1]]
     dirty, ref_dirty = (torch.where(mask[:, None] == 1, clean, garbage) for clean in (rows, ref_rows))
     results = []
-    for x, y, t, m in ((rows, ref_rows, target, mask), (dirty, ref_dirty, target, mask.bool()), (dirty, ref_dirty, ignored, None)):
+    for x, y, t, m in (
+        (rows, ref_rows, target, mask),
+        (dirty, ref_dirty, target, mask.bool()),
+        (dirty, ref_dirty, ignored, None),
+        (dirty, ref_dirty, ignored, torch.ones_like(mask)),
+    ):
         x, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
         if level == "logits":
             out = fused_logprob_kl(x, t, m, y, impl=impl)
@@ -260,7 +302,7 @@ def test_nothing_leaks_out_of_masked_rows(level, impl):
 
 @pytest.mark.parametrize("n", [0, 3])
 def test_no_active_row_gives_zeros_and_zero_gradients(n, impl):
-    """Claim: a batch without rows, or with all of them masked, is no error and teaches nothing.
+    """Claim: a batch without rows, or one whose rows are all masked, is no error. Outputs and gradients are 0.
     Fails if: default_chunk divides by n (`max(1, n)` -> `n`).
     """
     hidden, weight = rand(n, 4).requires_grad_(), rand(9, 4).requires_grad_()
@@ -276,10 +318,10 @@ def test_no_active_row_gives_zeros_and_zero_gradients(n, impl):
 
 
 def test_products_are_made_for_the_rows_that_count_and_no_others(monkeypatch, impl):
-    """Claim: masked rows enter no product with the lm_head, rows with zero upstream gradient none of the backward pass,
-    a frozen lm_head costs no product for its gradient, an unused KL none for the reference.
-    Fails if: slice_of_logits multiplies all rows; `wanted_n &` is taken out; `needs_input_grad[1]` -> True; the line
-    `if g_kl is None: ref_rows = None` is taken out.
+    """Claim: masked rows are in no product with the lm_head. Rows with zero upstream gradient are in no product of the
+    backward pass. A frozen lm_head costs no product for its gradient, an unused KL none for the reference.
+    Fails if: slice_of_logits multiplies all rows (`rows[index_n]` -> `rows`); `wanted_n &` is taken out;
+    `ctx.needs_input_grad[1]` -> `True`; the reference stays (`if g_kl is None:` -> `if False:`).
     """
     products, matmul = [], kernels.matmul_fp32
     monkeypatch.setattr(kernels, "matmul_fp32", lambda a, b: products.append((*a.shape, b.shape[1])) or matmul(a, b))
@@ -291,14 +333,13 @@ def test_products_are_made_for_the_rows_that_count_and_no_others(monkeypatch, im
     assert products == [(6, D, 16)] * 2 + [(6, D, 14)] * 2  # two slices, policy and reference
     products.clear()
     (logp * upstream).sum().backward()
-    assert products == [(3, D, 16), (3, 16, D), (16, 3, D), (3, D, 14), (3, 14, D), (14, 3, D)]  # logits, d_hidden, d_weight
-    want = torch.autograd.grad(
-        (expression(hidden.double() @ weight.double().T, target, torch.zeros(10, V, device=DEVICE))[0] * upstream * mask).sum(),
-        (hidden, weight),
-    )
-    close(hidden.grad, want[0])
-    close(weight.grad, want[1])
-    products.clear()
+    # A slice: logits, d_hidden, d_weight.
+    assert products == [(3, D, 16), (3, 16, D), (16, 3, D), (3, D, 14), (3, 14, D), (14, 3, D)]
+    hidden64, weight64 = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    want = expression(hidden64 @ weight64.T, target, torch.zeros(10, V, device=DEVICE))[0]
+    (want * upstream * mask).sum().backward()
+    close(hidden.grad, hidden64.grad)
+    close(weight.grad, weight64.grad)
     logp = fused_linear_logprob_kl(hidden, weight.detach(), target, mask, chunk=16, impl=impl).logp
     products.clear()
     (logp * upstream).sum().backward()
@@ -306,14 +347,16 @@ def test_products_are_made_for_the_rows_that_count_and_no_others(monkeypatch, im
 
 
 def test_skipping_slices_stays_within_its_bound_and_tau_zero_is_lossless(impl):
-    """Claim: with tau the gradient of a row of logits is off by at most tau * slices / T in L1, for entropy and KL times the
-    largest factor |ln p + H| or |ln p - ln q - KL| among what was skipped; with tau = 0 it is not off at all.
-    Fails if: the mass of a slice is taken relative to the running maximum (`torch.exp((share[:, 0] - state[0]) / T)` ->
-    1), not divided by the sum, or the target's own slice may be skipped (`| own_Kn` taken out).
+    """Claim: with tau, the gradient of a row of logits is off by at most tau * slices / T in L1 norm; for entropy and
+    KL this times the largest |ln p + H| or |ln p - ln q - KL| among the skipped columns. With tau = 0 it is not off at
+    all.
+    Fails if: the mass of a slice is not re-based to the final maximum
+    (`* torch.exp((share[:, 0] - state[0]) / temperature)` taken out) or not divided by the sum (`/ state[1]` taken
+    out); the target's own slice may be skipped (`| own_Kn` taken out).
     """
-    n, V, chunk, T = 6, 64 if impl == "torch" else 24, 4, 0.5  # interpreted, a launch takes 30 ms
-    spread = torch.linspace(1, 3, n, device=DEVICE)[:, None]  # from rows that share their probability to rows that do not
-    hidden, ref_hidden = spread * rand(n, V), rand(n, V)  # the head is the identity: hidden's gradient is the logits'
+    n, V, chunk, T = 6, 64 if impl == "torch" else 24, 4, 0.5  # the interpreter takes 30 ms a launch
+    spread = torch.linspace(1, 3, n, device=DEVICE)[:, None]  # the first rows are flat, the last ones peaked
+    hidden, ref_hidden = spread * rand(n, V), rand(n, V)  # the lm_head is the identity: hidden states are logits
     target, eye = integers(V, n), torch.eye(V, device=DEVICE)
     grads = {}
     for tau in (None, 0.0, 1e-3):
@@ -323,24 +366,26 @@ def test_skipping_slices_stays_within_its_bound_and_tau_zero_is_lossless(impl):
         grads[tau] = [torch.autograd.grad(x.sum(), h, retain_graph=True)[0].double() for x in out[:3]]
     logp, logq = (torch.log_softmax(x.double() / T, -1) for x in (hidden, ref_hidden))
     p, slices = logp.exp(), torch.arange(V // chunk, device=DEVICE)
-    kept = (p.view(n, -1, chunk).sum(-1) > 1e-3) | (slices == target[:, None] // chunk)  # by hand: what may not be skipped
+    kept = (p.view(n, -1, chunk).sum(-1) > 1e-3) | (slices == target[:, None] // chunk)  # what may not be skipped
     kept = kept.repeat_interleave(chunk, 1)
     entropy, kl = -(p * logp).sum(-1, keepdim=True), (p * (logp - logq)).sum(-1, keepdim=True)
-    for exact, lossless, skipped, factor in zip(*grads.values(), (torch.ones_like(p), logp + entropy, logp - logq - kl)):
+    factors = torch.ones_like(p), logp + entropy, logp - logq - kl
+    for exact, lossless, skipped, factor in zip(*grads.values(), factors):
         close(lossless, exact)
         close(skipped, exact * kept)
         error, bound = (skipped - exact).abs().sum(1), 1e-3 * V / chunk / T * (factor.abs() * ~kept).amax(1)
-        assert error.max() > 1e-4 and (error <= bound + 1e-5).all()  # something was skipped, and no more than stated
+        assert error.max() > 1e-4 and (error <= bound + 1e-5).all()  # something was skipped, within the bound
 
 
 # ----- Precision and memory of the linear path -----
 
 
 def test_bf16_models_get_fp32_logits_and_gradients_that_are_summed_in_fp32(impl):
-    """Claim: bf16 hidden states and weight give log-probs good to 1e-5, not to 3e-2; the gradient of the hidden states,
-    a sum over 16 slices, is off by what rounding dlogits and the result to bf16 costs, under 0.4 % in norm.
-    Fails if: matmul_fp32 multiplies in bf16 (`a.float() @ b.float()` -> `(a @ b).float()`), or d_rows is summed in bf16
-    (`torch.zeros(..., dtype=rows.dtype)`).
+    """Claim: bf16 hidden states and weight give log-probs that are good to 1e-5, not to 3e-2. The gradient of the
+    hidden states is a sum over 16 slices. It is off by less than 0.4 % in norm: the rounding of dlogits and of the
+    result.
+    Fails if: matmul_fp32 multiplies in bf16 (`a.float() @ b.float()` -> `(a @ b).float()`); the sum over the slices is
+    rounded to bf16 each time (`d_rows.index_add_(` -> `d_rows = d_rows.to(rows.dtype).float().index_add_(`).
     """
     n, V, D = 6, 512, 64
     hidden, weight, target = rand(n, D).bfloat16().requires_grad_(), rand(V, D, scale=0.25).bfloat16(), integers(V, n)
@@ -355,9 +400,10 @@ def test_bf16_models_get_fp32_logits_and_gradients_that_are_summed_in_fp32(impl)
 
 
 def test_autocast_and_fp32_master_weights_do_not_round_the_logits(impl):
-    """Claim: inside torch.autocast the result is the one outside it, and bf16 hidden states go with an fp32 weight, whose
-    gradient is fp32.
-    Fails if: matmul_fp32 leaves autocast on, or `b = b.to(a.dtype)` is taken out.
+    """Claim: the result inside torch.autocast equals the one outside. bf16 hidden states work with an fp32 weight,
+    whose gradient is fp32.
+    Fails if: matmul_fp32 leaves autocast on (`enabled=False` -> `enabled=True, dtype=torch.bfloat16`), or
+    `b = b.to(a.dtype)` is taken out.
     """
     hidden, weight, target = rand(5, 16), rand(70, 16).requires_grad_(), integers(70, 5)
     plain = fused_linear_logprob_kl(hidden, weight, target, impl=impl).logp
@@ -368,18 +414,18 @@ def test_autocast_and_fp32_master_weights_do_not_round_the_logits(impl):
     want = expression(hidden.bfloat16().double() @ rounded.T, target, torch.zeros(5, 70, device=DEVICE))[0]
     want.sum().backward()
     assert weight.grad.dtype == torch.float32
-    close(weight.grad, rounded.grad, atol=5e-3, rtol=2**-7)  # dlogits went through bf16
+    close(weight.grad, rounded.grad, atol=5e-3, rtol=2**-7)  # dlogits were rounded to bf16
 
 
 def test_no_wall_of_logits():
-    """Claim: log-prob and gradients of 4096 rows, a vocabulary of 32768, 256 dimensions and 45 % of the rows active take
-    at most a tenth of the memory of the plain expression, beyond the inputs. Counted: every allocation and release. The
-    plain expression is measured with 512 rows and taken eight times, since three times rows x vocabulary is all it holds.
-    Fails if: slice_of_logits takes all rows and not rows[index_n] at the SLICE_BYTES of a GPU; default_chunk returns
-    `vocabulary`.
+    """Claim: log-probs and gradients of 4096 rows take at most a tenth of the memory of the plain expression, beyond
+    the inputs (vocabulary 32768, 256 dimensions, 45 % of the rows active). Every allocation and release is counted. The
+    plain expression is measured with 512 rows and taken eight times: it holds three tensors of rows x vocabulary.
+    Fails if: default_chunk takes the whole vocabulary as one slice (`columns = ` -> `columns = 1000 * `).
     """
-    peak = lambda f, rows: kernels.peak_memory(kernels.backward_of(f, kernels.example(rows, 32768, 256, device=DEVICE)), DEVICE)
-    eager = 8 * peak(kernels.eager_logprob, 512)
+    case = lambda rows: bench_kernels.example(rows, 32768, 256, device=DEVICE)
+    peak = lambda f, rows: bench_kernels.peak_memory(bench_kernels.backward_of(f, case(rows)), DEVICE)
+    eager = 8 * peak(bench_kernels.eager_logprob, 512)
     assert eager >= 3 * 4096 * 32768 * 4  # so every allocation was counted
     assert peak(lambda *a: fused_linear_logprob_kl(*a).logp, 4096) <= eager / 10
 
@@ -388,10 +434,10 @@ def test_no_wall_of_logits():
 
 
 def test_k1_k2_and_k3_of_sampled_tokens_agree_with_the_exact_kl(impl):
-    """Claim: over an enumerated vocabulary of five tokens, E[k1] = E[k3] = KL exactly, E[k2] = KL to third order, and
-    k3 >= 0 for every token; and the exact KL of the kernel is the same number.
-    Fails if: kl_k3 has the ratio upside down (`ref_logprobs - logprobs` -> `logprobs - ref_logprobs`), or is written as
-    exp(r) - r - 1; ref_logp is the policy's (`y_a - my` -> `x_a - m` in finish_state).
+    """Claim: summed over all tokens of a vocabulary of five, E[k1] = E[k3] = KL exactly, E[k2] = KL to third order, and
+    k3 >= 0 for each token. The kernel's exact KL is the same number.
+    Fails if: kl_k3 has the ratio upside down (`ref_logprobs - logprobs` -> `logprobs - ref_logprobs`), or computes
+    exp(r) - r - 1; ref_logp is the policy's (`(y_a - my)` -> `(x_a - m)` in finish_state).
     """
     x, tokens = rand(1, 5), torch.arange(5, device=DEVICE)
     for distance in (0.1, 1.0):
@@ -411,10 +457,10 @@ def test_k1_k2_and_k3_of_sampled_tokens_agree_with_the_exact_kl(impl):
 
 
 def test_mistakes_are_named():
-    """Claim: a target outside the vocabulary, a temperature of 0, shapes that do not match, half a reference and an
-    implementation that does not exist or cannot run are refused with the value.
-    Fails if: the range check of the target is removed (an index error, or on a GPU a wrong number, would follow); the
-    check of the shapes is.
+    """Claim: a target outside the vocabulary, a temperature of 0, shapes that do not match, half a reference, and an
+    implementation that does not exist are refused with a message that names the mistake.
+    Fails if: run does not check the target (`if len(index_n) and` -> `if False and`; a wrong number would follow) or
+    the shapes (`if rows.shape[:-1] != target.shape or` -> `if`).
     """
     logits, target = torch.randn(3, 7), torch.tensor([0, 1, 2])
     for arguments, message in (
@@ -432,9 +478,10 @@ def test_mistakes_are_named():
 
 
 def test_auto_takes_the_kernels_on_a_gpu_only_and_says_what_triton_lacks(monkeypatch):
-    """Claim: "auto" means the twins on a CPU, even where the kernels could be interpreted, and the compiled kernels on a
-    GPU; "triton" where nothing can run them is refused.
-    Fails if: resolve_impl ignores interpreted() or the device.
+    """Claim: "auto" means the twins on a CPU, even where the kernels could be interpreted, and the compiled kernels on
+    a GPU. "triton" is refused where the kernels cannot run.
+    Fails if: resolve_impl ignores interpreted() (`and not interpreted()` taken out) or the device (`tensor.is_cuda and`
+    taken out).
     """
     cpu, gpu = torch.zeros(1), type("OnGPU", (), {"is_cuda": True, "device": "cuda:0"})()
     monkeypatch.setattr(kernels, "HAVE_TRITON", True)
@@ -451,8 +498,9 @@ def test_auto_takes_the_kernels_on_a_gpu_only_and_says_what_triton_lacks(monkeyp
 
 
 def test_without_triton_the_file_imports_and_computes():
-    """Claim: where the package triton does not exist, kernels.py is imported and the twins do the work.
-    Fails if: a kernel is defined outside `if HAVE_TRITON`, or interpreted() asks triton first.
+    """Claim: without the package triton, kernels.py can be imported and the twins do the work.
+    Fails if: a kernel is defined outside `if HAVE_TRITON`; interpreted() does not ask first (`HAVE_TRITON and` taken
+    out).
     """
     code = (
         "import sys; sys.modules['triton'] = None; import torch, kernels as k\n"
@@ -469,29 +517,46 @@ from pathlib import Path
 import triton, kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-for kernel, extra in ((kernels.statistics_kernel, ["state_ptr", "share_ptr"]), (kernels.gradient_kernel, ["numbers_ptr", "out_ptr"])):
+
+def compiled(kernel, tensors, capability, logits, reference):
+    signature = {name: "i32" for name in kernel.arg_names} | dict.fromkeys(tensors, "*fp32")
+    signature |= {"x_ptr": logits, "y_ptr": logits, "rows_ptr": "*i64", "target_ptr": "*i64", "inverse_T": "fp32"}
+    constants = {"BLOCK": kernels.BLOCK} | ({} if reference else {"y_ptr": None})
+    signature |= dict.fromkeys(constants, "constexpr")
+    place = lambda name: (kernel.arg_names.index(name),)
+    aligned = {name for name, kind in signature.items() if kind[0] in "*i"} - {"n", "first_column"}
+    source = ASTSource(
+        kernel,
+        signature,
+        {place(name): value for name, value in constants.items()},
+        {place(name): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
+
+def dump(binary, flag):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary.asm["cubin"])
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True).stdout
+
+for kernel, tensors in (
+    (kernels.statistics_kernel, ["state_ptr", "share_ptr"]),
+    (kernels.gradient_kernel, ["numbers_ptr", "out_ptr"]),
+):
     for capability, logits, reference in ((89, "*fp32", True), (90, "*bf16", False)):
-        signature = {name: "i32" for name in kernel.arg_names} | dict.fromkeys(extra, "*fp32")
-        signature |= {"x_ptr": logits, "y_ptr": logits, "rows_ptr": "*i64", "target_ptr": "*i64", "inverse_T": "fp32", "BLOCK": "constexpr"}
-        constants = {"BLOCK": kernels.BLOCK} | ({} if reference else {"y_ptr": None})
-        signature |= dict.fromkeys(constants, "constexpr")
-        place = kernel.arg_names.index
-        aligned = {(place(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] in "*i" and name not in ("n", "first_column")}
-        source = ASTSource(kernel, signature, {(place(name),): value for name, value in constants.items()}, aligned)
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(binary.asm["cubin"])
-            usage, code = (subprocess.run([tool, flag, file.name], capture_output=True, text=True).stdout for flag in ("-res-usage", "-sass"))
-        print(json.dumps([kernel.__name__, capability, "STACK:0 " in usage and "LOCAL:0 " in usage, "LDG.E.128" in code]))
+        binary = compiled(kernel, tensors, capability, logits, reference)
+        usage, code = dump(binary, "-res-usage"), dump(binary, "-sass")
+        no_spill = "STACK:0 " in usage and "LOCAL:0 " in usage
+        print(json.dumps([kernel.__name__, capability, no_spill, "LDG.E.128" in code]))
 """
 
 
 @need_triton
 def test_the_kernels_compile_for_real_gpus_without_spilling(compiling):
     """Claim: for an RTX 4090 (compute capability 8.9) and an H100 (9.0) both kernels compile, keep everything in
-    registers, and read 16 bytes a thread at a time. What they compute there, and how fast, needs a GPU.
-    Fails if: BLOCK is 65536 (spills), or a kernel uses what only the interpreter accepts (`x_ptr[0]`).
+    registers, and read 16 bytes a thread at a time. Only a GPU can show what they compute there, and how fast.
+    Fails if: a program has too many columns (`BLOCK, WARPS = 2048, 4` -> `BLOCK, WARPS = 65536, 4`: registers spill),
+    or a kernel contains what only the interpreter accepts (`tl.load(state_ptr)` -> `state_ptr[0]`).
     """
     out, error = compiling.communicate()
     assert compiling.returncode == 0, error
@@ -499,13 +564,52 @@ def test_the_kernels_compile_for_real_gpus_without_spilling(compiling):
     assert len(lines) == 4 and all(no_spill and wide for _, _, no_spill, wide in lines), lines
 
 
-def test_the_benchmark_runs_and_its_rows_are_right(capsys):
-    """Claim: tests/bench_kernels.py prints a row for each implementation, with errors; what is not installed says so.
-    Fails if: a row's log-prob is that of another mask or sign (its error would be about 5), or a missing package is a crash.
+# ----- The benchmark -----
+
+SMALL = "--rows 40 --vocabulary 300 --dim 16 --repeats 1 --skip compile".split()
+
+
+def table(capsys):
+    """The rows of the printed table, each a list of cells, without header and rule."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [row for row in rows if row[0] != "implementation"]
+
+
+@pytest.mark.parametrize("peers", [[], ["--peers"]])
+def test_the_benchmark_runs_and_its_rows_are_right(peers, capsys):
+    """Claim: tests/bench_kernels.py prints a row for each implementation, with its errors: three rows without options,
+    all of them with --peers. A row that cannot run says why.
+    Fails if: a row's log-probs have another mask or sign (`torch.where(mask, logp, 0.0)` -> `logp` in eager_logprob),
+    or a missing package is not named (`importlib.util.find_spec(package)` -> `True`).
     """
-    bench_kernels.main("--rows 40 --vocabulary 300 --dim 16 --repeats 1 --skip compile".split())
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line[:2] == "| "]
-    measured = [row for row in rows if len(row[2:]) and row[2] and row[0] != "implementation"]
-    assert {"ours, PyTorch twin", "eager, all rows", "eager, compacted by hand"} <= {row[0] for row in measured}
+    bench_kernels.main(SMALL + peers)
+    rows = table(capsys)
+    measured, others = [row for row in rows if row[2]], [row for row in rows if not row[2]]
+    titles = {"ours, PyTorch twin", "eager, all rows"} | ({"eager, compacted by hand"} if peers else set())
+    assert titles <= {row[0] for row in measured}
     assert all(float(error.split()[0]) < 1e-5 and float(gradient) < 1e-5 for *_, error, gradient, _, _ in measured)
-    assert len(rows) - 2 > len(measured) and all("not installed" in row[1] or "needs a GPU" in row[1] for row in rows if not row[2])
+    assert others and all("not installed" in row[1] or "needs a GPU" in row[1] for row in others)
+    assert peers or len(rows) == 3
+
+
+def test_saved_hidden_states_are_those_of_the_longest_rows_and_can_be_measured(tokenizer, model, tmp_path, capsys):
+    """Claim: save_case writes the longest rows of a batch. Hidden states, weight, targets, mask and temperature give
+    the log-probs that the sampler saw, and --cases measures them without error.
+    Fails if: save_case takes the shortest rows (`descending=True` -> `descending=False`), or load_case forgets the
+    temperature (`/ case["temperature"]` taken out).
+    """
+    (batch, _), path = a_batch(tokenizer, model), str(tmp_path / "case.pt")
+    bench_kernels.save_case(model, batch, 1.0, path, tokens=300)
+    L = int(batch.lengths_B.max())
+    rows = batch.lengths_B.argsort(descending=True, stable=True)[: 300 // L]
+    arguments = bench_kernels.load_case(path, "cpu")
+    assert arguments[3].sum() == batch.mask_BT[rows].sum() > 20
+    want = batch.old_logprobs_BT[rows, : L - 1].flatten()
+    close(bench_kernels.eager_logprob(*arguments), want, atol=1e-5)
+    bench_kernels.main(["--cases", path, "--repeats", "1", "--skip", "compile", "tau"])
+    measured = [row for row in table(capsys) if row[2]]
+    assert len(measured) >= 3 and all(float(row[4].split()[0]) < 1e-5 > float(row[5]) for row in measured)
+    torch.save(torch.load(path) | {"temperature": 2.0}, path)
+    want = bench_kernels.eager_logprob(*arguments, temperature=2.0)
+    close(bench_kernels.eager_logprob(*bench_kernels.load_case(path, "cpu")), want, atol=1e-5)

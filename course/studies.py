@@ -1,0 +1,295 @@
+"""Many runs on the tiny world: the paper's Table 2 in small, its findings one by one, and a study of its KL.
+
+    python -m course.studies mask [--seeds N]     runs of one study: figures/mask.png, mask.csv, and where they end
+    python -m course.studies table [--quick]      nine methods side by side: figures/table.csv
+    python -m course.studies kl                   three estimators of the KL and the exact one: figures/kl.png, kl.csv
+
+Flags of train.py may follow; they go to every run. Runs lie in outputs/studies, in folders named after what sets them
+apart. A finished run is taken as it is, half a one is continued. So a study that was stopped goes on, and studies share
+their runs.
+"""
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import io
+import random
+import shutil
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import train
+from data import Mistake, fixed_sample, load_checkpoint
+from eval import evaluate, plot_runs, read_runs, write_points
+from retrieval import BM25, SearchEngine
+from searchr1 import collate, head_inputs, kl_k1, kl_k2, kl_k3, rollout, token_logprobs, token_mean
+
+# ----- 1. A run -----
+
+# What a study changes and no flag of train.py does, with the values of all other runs.
+LOADING = {"retriever": "exact", "format_steps": data.BaseConfig.policy_steps}
+ENGINES = {  # passages -> search(queries, top_k)
+    "lexical": lambda passages: SearchEngine(passages, BM25(passages)).search,
+    # Drawn by lot; the same query finds the same passages, as with any engine.
+    "random": lambda passages: lambda queries, top_k: [random.Random(q).sample(passages, top_k) for q in queries],
+    "empty": lambda passages: lambda queries, top_k: [[] for _ in queries],
+}
+
+
+def load(config, loading=LOADING):
+    """Config -> (policy, Task) on the tiny world: the base model after `format_steps` steps of format, searching with
+    `retriever`."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    policy, task = train.load_tiny(config, device, loading["format_steps"])
+    if loading["retriever"] != "exact":
+        task.search = ENGINES[loading["retriever"]](data.make_world(config.world_seed).passages)
+    return policy, task
+
+
+def finished_run(given):
+    """What a run is given (flags of train.py, LOADING) -> its last checkpoint, in outputs/studies/<given>. A finished
+    run is taken as it is, half a one is continued, any other is made."""
+    name = "-".join(f"{key}-{value}".replace("_", "-") for key, value in sorted(given.items()))
+    folder = Path("outputs/studies") / name
+    flags = {key: value for key, value in given.items() if key not in LOADING}
+    checkpoint = folder / f"checkpoint-{train.parse_config(flags).steps}"
+    if not checkpoint.exists():
+        half = any(folder.glob("checkpoint-*/trainer_state.pt"))
+        if not half:
+            shutil.rmtree(folder, ignore_errors=True)
+        config = train.parse_config({"resume": str(folder)} if half else flags | {"output_dir": str(folder)})
+        print(f"{'continuing' if half else 'run'} {name}")
+        with quiet():  # the bar stays
+            train.train(config, *load(config, {key: given.get(key, LOADING[key]) for key in LOADING}))
+    return checkpoint
+
+
+def quiet():
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def spread(values):
+    """Numbers, one a seed -> "mean (lowest to highest)"."""
+    text = f"{sum(values) / len(values):.3f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"
+
+
+# ----- 2. The studies -----
+
+# Study -> {label: what its runs are given}. Runs that are given the same are made once, whichever study wants them.
+STUDIES = {
+    # Table 4: without the mask training is less stable and ends lower.
+    "mask": {"with the mask": {}, "without": {"no_mask": True}},
+    # Sec. 5: GRPO is faster at first, PPO is more stable, both end alike. Later work: REINFORCE does as well.
+    "algo": {"PPO": {"algo": "ppo"}, "GRPO": {}, "REINFORCE": {"algo": "reinforce"}},
+    # Sec. 5: the instruct model starts higher and learns faster, the base model catches up.
+    "base-instruct": {f"{n} steps of format": {"format_steps": n} for n in (80, 160, 480)},
+    # Appendix, Table 7: three passages a search are best, one is worse; five learn fast and end below three.
+    "topk": {f"{k} a search": {"top_k": k} for k in (1, 3, 5)},
+    # Appendix, Table 8: larger groups learn faster and are less stable; a group of one ends best. Always 240 rollouts.
+    "group-size": {f"groups of {g}": {"group_size": g, "batch_size": 240 // g} for g in (1, 3, 5, 8)},
+    # Sec. 5: the response first gets shorter (filler goes), then longer (it searches), and the reward rises with it.
+    "dynamics": {"PPO": {"algo": "ppo"}, "GRPO": {}},
+    # A later re-examination: with a random engine the policy stops searching, with an empty one it searches more.
+    "retriever": {kind: {"retriever": kind} for kind in ("exact", *ENGINES)},
+    # The budget of Algorithm 1: what takes two searches cannot be answered with one.
+    "turns": {f"B = {b}": {"max_turns": b} for b in (1, 2, 3)},
+}
+
+
+def study(name, seeds, given):
+    """Make the runs of a study, draw them into figures/<name>.png with bands over the seeds, print where they end."""
+    variants, runs, defaults = STUDIES[name], {}, dataclasses.asdict(train.Config()) | LOADING
+    for seed in range(seeds):
+        for label, changes in variants.items():
+            changes = {key: value for key, value in changes.items() if value != defaults[key]}  # a run has one name
+            folder = finished_run(changes | given | {"seed": seed}).parent
+            runs[f"{label}, seed {seed}"] = read_runs([folder])[folder.name]
+    Path("figures").mkdir(exist_ok=True)
+    plot_runs(runs, f"figures/{name}.png")
+    write_points(runs, f"figures/{name}.csv")
+    header = f"| {name} | EM, one hop | EM, two hops | searches, one hop | searches, two hops |"
+    print(f"\n{header}\n|---|---|---|---|---|")
+    for label in variants:
+        last = [runs[f"{label}, seed {seed}"][-1] for seed in range(seeds)]
+        ends = ("eval/em_1hop", "eval/em_2hop", "eval/searches_1hop", "eval/searches_2hop")
+        print(f"| {label} | " + " | ".join(spread([r[metric] for r in last]) for metric in ends) + " |")
+    print(f"\nwrote figures/{name}.png and .csv; mean of {seeds} seeds (lowest to highest), greedy, held-out questions")
+
+
+# ----- 3. The table -----
+
+# How many steps `table --quick` trains: with one seed enough for the order.
+QUICK = {"grpo": 50, "ppo": 40, "sft": 40, "rejection": 25, "r1": 10}
+UNTRAINED = {"direct": "Direct inference", "cot": "CoT", "ircot": "IRCoT", "search-o1": "Search-o1", "rag": "RAG"}
+
+
+def trained_rows(seed, quick, given):
+    """Make the runs behind those rows of the table that are trained -> {(row, method): checkpoint}."""
+    steps = lambda kind: {"steps": QUICK[kind]} if quick else {}
+    make = lambda kind, flags: finished_run(steps(kind) | flags | given | {"seed": seed})
+    return {
+        ("SFT", "sft"): make("sft", {"algo": "sft"}),
+        ("R1", "r1"): make("r1", {"no_search": True}),
+        ("Rejection sampling", "rejection"): make("rejection", {"algo": "rejection"}),
+        ("Search-R1 (PPO)", "search-r1"): make("ppo", {"algo": "ppo"}),
+        ("Search-R1 (GRPO)", "search-r1"): make("grpo", {}),
+    }
+
+
+def table(seeds, quick, given):
+    """The paper's Table 2 on the tiny world: nine methods, one base model a seed, greedy on held-out questions."""
+    columns = ("em_1hop", "em_2hop", "em", "f1", "sub_em", "hit", "searches", "turns", "response_tokens", "finished")
+    scores = {}
+    for seed in range(seeds):
+        checkpoints = trained_rows(seed, quick, given)
+        config = train.parse_config(given | {"seed": seed})
+        with quiet():
+            base, task = load(config)
+        held_out = fixed_sample(task.held_out, 200 if quick else 0)
+        settings = dataclasses.replace(config.settings, do_search=True)
+        rows = {(row, method): base for method, row in UNTRAINED.items()}
+        rows |= {row: load_checkpoint(checkpoint, base.device)[0] for row, checkpoint in checkpoints.items()}
+        for (row, method), policy in tqdm(rows.items(), desc=f"evaluating, seed {seed}"):
+            metrics, _ = evaluate(policy, task.tokenizer, held_out, task.search, settings, method)
+            scores.setdefault(row, []).append({name: metrics[name] for name in columns})
+    Path("figures").mkdir(exist_ok=True)
+    with open("figures/table.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", *columns])
+        for row, each in scores.items():
+            writer.writerows([row, seed, *(f"{s[c]:.4f}" for c in columns)] for seed, s in enumerate(each))
+    header = "| method | EM, one hop | EM, two hops | both | hit | searches | calls | tokens |"
+    print(f"\n{header}\n|---|---|---|---|---|---|---|---|")
+    for row, each in scores.items():
+        cells = [spread([s[name] for s in each]) for name in ("em_1hop", "em_2hop", "em")]
+        means = [sum(s[name] for s in each) / len(each) for name in ("hit", "searches", "turns", "response_tokens")]
+        print(f"| {row} | " + " | ".join(cells + [f"{mean:.2f}" for mean in means]) + " |")
+    guess = sum(1 / data.PART[data.KIND_OF[q.gold_answers[0]]] for q in held_out) / len(held_out)
+    print(f"\nguessing an entity of the right kind would score {guess:.3f}")
+    how = f"{len(held_out)} held-out questions, greedy, mean of {seeds} seeds (lowest to highest)"
+    print(f"wrote figures/table.csv; {how}")
+
+
+# ----- 4. The KL: three estimators and what they estimate -----
+#
+# At one position pi is the policy, pi_ref its base model, y ~ pi the sampled token, r = log pi_ref(y) - log pi(y). As
+# numbers, k1 and k3 have the mean KL(pi || pi_ref), and k2 is biased. As losses, what counts is their mean gradient.
+# Since E[grad log pi(y)] = 0, it is
+#     k1 = -r             E[grad log pi(y)]               0: it teaches nothing
+#     k2 = r^2 / 2        E[-r grad log pi(y)]            grad KL(pi || pi_ref), that of the exact KL
+#     k3 = e^r - r - 1    E[(1 - e^r) grad log pi(y)]     grad KL(pi_ref || pi), that of the other direction
+# Our k3 is cut at 10, which takes a little from both of its means.
+
+KL_BATCHES, KL_QUESTIONS = 20, 48  # what means, deviations and cosines are measured on
+KL_STEPS, KL_LR = 40, 0.02  # of plain SGD on one estimator alone; Adam would turn k1's noise into steps of full size
+KL_CURVES = [("exact KL to the base model", "kl_exact", "nats a token")]
+ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+KL_NUMBERS = [("", name, "") for name in ("kl_mean", "kl_std", "kl_cosine")]  # in the CSV, too, at step 0
+
+
+def kl_means(policy, base, batch):
+    """Token means over a Batch: k1, k2, k3 of its sampled tokens and the exact KL -> {name: scalar}, differentiable."""
+    with torch.no_grad():
+        reference = head_inputs(base, batch.ids_BL)[:2]
+    new = token_logprobs(policy, batch.ids_BL, batch.mask_BT, 1.0, *reference)
+    kl_BT = {name: of(new.logp, new.ref_logp) for name, of in ESTIMATORS.items()} | {"exact": new.kl}
+    return {name: token_mean(x_BT, batch.mask_BT) for name, x_BT in kl_BT.items()}
+
+
+def kl_numbers(policy, base, batches):
+    """-> {name: {kl_mean, kl_std, kl_cosine}}: mean and unbiased deviation of the estimator over the batches, and the
+    cosine of its gradient with the exact KL's, both of the mean over all tokens of all batches."""
+    means, gradients, parameters = {}, {}, list(policy.parameters())
+    for batch in batches:
+        for name, mean in kl_means(policy, base, batch).items():
+            of = torch.autograd.grad(mean * batch.mask_BT.sum(), parameters, retain_graph=True)
+            gradients[name] = gradients.get(name, 0) + torch.cat([g.flatten() for g in of]).double()
+            means.setdefault(name, []).append(mean.item())
+    numbers = {name: {"kl_mean": statistics.mean(x), "kl_std": statistics.stdev(x)} for name, x in means.items()}
+    for name, gradient in gradients.items():
+        numbers[name]["kl_cosine"] = torch.cosine_similarity(gradient, gradients["exact"], dim=0).item()
+    return numbers
+
+
+def descend(policy, base, name, draw):
+    """KL_STEPS steps of SGD on one estimator alone, each on a fresh batch of the policy as it is then, draw(policy, i)
+    -> [{"step": steps done, "kl_exact": token mean of the exact KL on that batch}]. The policy given stays as it is."""
+    policy, records = copy.deepcopy(policy), []
+    optimizer = torch.optim.SGD(policy.parameters(), KL_LR)
+    for step in tqdm(range(KL_STEPS + 1), desc=f"descending {name}"):
+        kl = kl_means(policy, base, draw(policy, KL_BATCHES + step))
+        records.append({"step": step, "kl_exact": kl["exact"].item()})
+        optimizer.zero_grad()
+        kl[name].backward()
+        optimizer.step()
+    return records
+
+
+def kl_study(seeds, given):
+    """Compare k1, k2, k3 and the exact KL, as numbers and as losses, on the GRPO run of each seed. Temperature 1."""
+    runs = {}
+    for seed in range(seeds):
+        policy, tokenizer = load_checkpoint(finished_run(given | {"seed": seed}))
+        config = train.parse_config(given | {"seed": seed})
+        with quiet():
+            base, task = load(config)
+        policy, test = policy.to(base.device), data.make_world(config.world_seed).test
+        questions = fixed_sample(test, KL_BATCHES * KL_QUESTIONS)  # one hop first, then two; a batch has both
+
+        def draw(policy, i):
+            generator, asked = torch.Generator(policy.device).manual_seed(i), questions[i % KL_BATCHES :: KL_BATCHES]
+            rollouts = rollout(policy, tokenizer, asked, task.search, config.settings, 1, 1.0, generator)
+            return collate(rollouts, policy.device)
+
+        for name, numbers in kl_numbers(policy, base, [draw(policy, i) for i in range(KL_BATCHES)]).items():
+            runs[f"{name}, seed {seed}"] = descend(policy, base, name, draw)
+            runs[f"{name}, seed {seed}"][0] |= numbers
+    Path("figures").mkdir(exist_ok=True)
+    plot_runs(runs, "figures/kl.png", KL_CURVES)
+    write_points(runs, "figures/kl.csv", KL_CURVES + KL_NUMBERS)
+    after = f"exact KL after {KL_STEPS} steps on it"
+    print(f"\n| KL | mean | deviation over batches | cosine with the exact gradient | {after} |\n|---|---|---|---|---|")
+    for name in ("k1", "k2", "k3", "exact"):
+        of = [runs[f"{name}, seed {seed}"] for seed in range(seeds)]
+        cells = [spread([records[0][key] for records in of]) for key in ("kl_mean", "kl_std", "kl_cosine")]
+        print(f"| {name} | " + " | ".join([*cells, spread([records[-1]["kl_exact"] for records in of])]) + " |")
+    how = f"{KL_BATCHES} batches of {KL_QUESTIONS} held-out questions, nats a token; SGD with learning rate {KL_LR}"
+    print(f"\nwrote figures/kl.png and .csv; {how}; mean of {seeds} seeds (lowest to highest)")
+
+
+# ----- 5. The command line -----
+
+
+def main(argv=None):
+    about = "Make many runs on the tiny world and compare them. Flags of train.py may follow; they go to every run."
+    parser = data.Parser(allow_abbrev=False, description=about)
+    names = ("table", *STUDIES, "kl")
+    parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
+    parser.add_argument("--quick", action="store_true", help="of table: one seed, fewer steps and questions")
+    parser.add_argument("--seeds", type=int, help="seeds of each run (default: 3)")
+    args, rest = parser.parse_known_args(argv)
+    given = train.parse_flags(rest)
+    seeds = args.seeds if args.seeds is not None else 1 if args.quick else 3
+    if seeds < 1:
+        raise Mistake(f"--seeds {seeds}: must be at least 1")
+    if args.quick and args.name != "table":
+        raise Mistake("--quick goes with table")
+    if {"seed", "resume", "output_dir", "model", "preset"} & set(given):
+        refused = "no --seed, --resume, --output-dir, --model or --preset"
+        raise Mistake(f"{args.name} makes runs of its own on the tiny world: {refused}")
+    if args.name == "table":
+        table(seeds, args.quick, given)
+    elif args.name == "kl":
+        kl_study(seeds, given)
+    else:
+        study(args.name, seeds, given)
+
+
+if __name__ == "__main__":
+    data.run_main(main)

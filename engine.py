@@ -1,0 +1,357 @@
+"""Generation: many conversations at once, over a few slots of keys and values.
+
+The official code hands this job to vLLM, which wants a copy of the weights of its own. Here the policy that is trained
+also samples. A conversation is a generator (searchr1.converse): it yields what it wants, a token or passages, and this
+file answers all that are in flight together.
+
+    1. Slots, Block      keys and values of the rows in flight; they stay in memory over all turns of a conversation
+    2. feed, decode      append ids to slots -> logits of the next token; on a GPU one token a row is a CUDA graph
+    3. sample            logits -> one token a row and its log-prob
+    4. where a turn can end: closing_ids, end_ids
+    5. Talk, run         conversations wait in a queue, get a slot, are fed, sampled and served until they are over
+
+Shapes: B conversations, n rows of one forward pass, T ids a row, L positions, V vocabulary, D hidden, w columns seen.
+Nothing here knows the method: no tag, no prompt, no reward.
+"""
+
+import functools
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from kernels import matmul_fp32
+
+GPU_SLOTS = 64  # conversations in flight on a GPU, where nobody says how many
+FEED_TOKENS = 2**14  # rows x columns of one forward pass over long blocks: bounds the memory of prompts and passages
+
+class Mistake(ValueError):
+    """Something that the user can put right. Scripts print it as one line and exit with code 2, without a traceback."""
+
+# ----- 1. Keys and values -----
+
+class Slots:
+    """Keys and values of the rows in flight, a slot a row, kept over turns.
+
+    Slot s holds positions 0..lengths[s]-1 of one conversation, left-aligned and without holes. Whatever lies beyond is
+    left over from an earlier row. It is never visible, since a query at position p sees keys 0..p only, and it is
+    overwritten when the row grows. The last column takes what padding writes.
+
+    On a GPU the buffers have their final size from the start, so that a decoding step can be captured as a CUDA graph
+    and replayed over the same addresses. Elsewhere they grow. Bytes, for max_length columns: slots * (max_length + 1) *
+    layers * 2 * key-value heads * head size * bytes a number.
+
+    PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
+    keys with new weights, and nothing complains. So `run` begins with `clear`. Buffers and graphs stay: the optimiser
+    changes weights in place, and a graph reads addresses. Replacing a parameter would leave the graph on the old
+    policy.
+    """
+
+    def __init__(self, policy, slots, max_length, static=None):
+        self.device = policy.get_output_embeddings().weight.device
+        self.static = self.device.type == "cuda" if static is None else static
+        self.capacity = max_length + 1 if self.static else 0  # columns; the last one is never visible
+        self.layers = []  # a pair [keys, values] a layer, each [slots, heads, capacity, d]
+        self.lengths = [0] * slots
+        self.steps = {}  # (rows, columns) -> the static inputs and the replay of `decode`
+        # Graphs share their scratch memory.
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def clear(self):
+        self.lengths = [0] * len(self.lengths)
+
+    def place(self, rows, counts, T):
+        """Slots `rows` are about to get `counts` ids each, padded to T -> the Block that says where they go."""
+        starts_n1 = torch.tensor([[self.lengths[row]] for row in rows], device=self.device)
+        counts_n1 = torch.tensor([[count] for count in counts], device=self.device)
+        width = max(self.lengths[row] + count for row, count in zip(rows, counts))
+        if not self.static and self.capacity <= width:
+            self.capacity = width + width // 2 + 16
+        steps_T = torch.arange(T, device=self.device)
+        positions_nT = starts_n1 + steps_T
+        places_nT = torch.where(steps_T < counts_n1, positions_nT, self.capacity - 1)
+        first = list(rows) == list(range(len(rows)))
+        return Block(self, torch.tensor(rows, device=self.device), first, positions_nT, places_nT, width)
+
+    def copy(self, source, targets):
+        """Make slots `targets` equal to slot `source`: for the members of a group, or to move a row to a free slot."""
+        length = self.lengths[source]
+        for row in targets:
+            self.lengths[row] = length
+            for store in (store for layer in self.layers for store in layer):
+                store[row, :, :length] = store[source, :, :length]
+
+@dataclass
+class Block:
+    """Where the ids of one forward pass go. It stands in for a transformers Cache: the model calls `update`."""
+
+    slots: Slots
+    rows_n: torch.Tensor  # long, the slot of each row
+    first: bool  # rows_n is 0, 1, ..., n-1: keys can be read in place
+    positions_nT: torch.Tensor  # long, position of each id in its conversation
+    places_nT: torch.Tensor  # long, column that each id writes; padding writes the last one
+    width: int  # columns that this block can see
+
+    def update(self, keys, values, layer, *_, **__):
+        """keys, values [n, heads, T, d] of the block -> all keys and values of its rows, [n, heads, width, d]."""
+        slots, (n, heads, _, d) = self.slots, keys.shape
+        if layer == len(slots.layers):
+            slots.layers.append([new.new_zeros(len(slots.lengths), heads, 0, d) for new in (keys, values)])
+        stores = slots.layers[layer]
+        for i, new in enumerate((keys, values)):
+            if stores[i].shape[2] < slots.capacity:
+                # Zeros, not empty memory: a masked NaN times an attention weight of 0 is still NaN.
+                room = new.new_zeros(len(slots.lengths), heads, slots.capacity - stores[i].shape[2], d)
+                stores[i] = torch.cat([stores[i], room], dim=2)
+            stores[i][self.rows_n[:, None], :, self.places_nT] = new.transpose(1, 2)
+        seen = [store[:, :, : self.width] for store in stores]
+        return tuple(store[:n] if self.first else store[self.rows_n] for store in seen)
+
+    def get_seq_length(self, *_):
+        return 0  # models ask in order to guess positions; ours are always given
+
+# ----- 2. Ids in, logits out -----
+
+def hidden_states(policy, block, ids_nT):
+    """Run the model's body over the ids of a Block -> hidden states [n, T, D]."""
+    columns_w, positions_nT = torch.arange(block.width, device=ids_nT.device), block.positions_nT
+    visible_nTw = columns_w <= positions_nT[:, :, None]
+    bias_nTw = torch.zeros(visible_nTw.shape, dtype=policy.dtype, device=ids_nT.device)
+    bias_nTw.masked_fill_(~visible_nTw, torch.finfo(policy.dtype).min)
+    bias_n1Tw = bias_nTw[:, None]
+    return policy.base_model(
+        input_ids=ids_nT, attention_mask=bias_n1Tw, position_ids=positions_nT, past_key_values=block, use_cache=True
+    ).last_hidden_state
+
+def decode(policy, block, ids_n1):
+    """hidden_states() of one id a row over static buffers, on a GPU as a replayed CUDA graph -> [n, 1, D].
+
+    One token takes hundreds of small kernels. Started one by one from Python they take longer than reading all weights;
+    a graph starts them at once, but only for fixed shapes. So rows are padded to slots, slots/2, slots/4, ..., columns
+    to a multiple of 256, and each pair gets its graph when it first occurs. Padding rows are free slots: what they
+    write is overwritten by the next prompt.
+    """
+    slots = block.slots
+    n, rows, hidden_column = len(ids_n1), len(slots.lengths), slots.capacity - 1
+    while rows // 2 >= n:
+        rows //= 2
+    width = min(hidden_column, -(-block.width // 256) * 256)
+    if (rows, width) not in slots.steps:
+        inputs = ids_n1.new_zeros(3, rows, 1)  # ids, positions, places
+        inputs[2] = hidden_column  # capturing runs the step, too, and must not write into anybody's keys
+        fixed = Block(slots, torch.arange(rows, device=slots.device), True, inputs[1], inputs[2], width)
+        slots.steps[rows, width] = inputs, captured(lambda: hidden_states(policy, fixed, inputs[0]), slots)
+    inputs, replay = slots.steps[rows, width]
+    inputs[:, :n] = torch.stack([ids_n1, block.positions_nT, block.places_nT])
+    return replay()[:n]
+
+def captured(run, slots):
+    """run() -> tensor, as a function that replays it: a CUDA graph, or on a CPU run itself."""
+    if slots.device.type != "cuda":
+        return run
+    aside = torch.cuda.Stream()  # the first calls choose kernels and take workspaces, which a capture must not do
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=slots.pool):
+        out = run()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
+
+def feed(policy, slots, rows, blocks):
+    """Append blocks[i], a list of ids, to slot rows[i] -> logits [n, V] fp32 of the token after the last id of each.
+
+    One function serves a prompt (a long block, the slot is empty), a decoding step (one id) and retrieved passages (a
+    long block, the slot is full): nothing is encoded twice. An empty block is padding and leaves its slot as it was.
+    """
+    longest = max(slots.lengths[row] + len(block) for row, block in zip(rows, blocks))
+    most = max(1, FEED_TOKENS // longest)
+    if max(map(len, blocks)) > 1 and len(rows) > most:  # in pieces, blocks of like length together
+        order = sorted(range(len(rows)), key=lambda i: len(blocks[i]))
+        pieces = [order[at : at + most] for at in range(0, len(order), most)]
+        logits = [feed(policy, slots, [rows[i] for i in piece], [blocks[i] for i in piece]) for piece in pieces]
+        return torch.cat(logits)[torch.tensor(order, device=slots.device).argsort()]
+    counts, T = [len(block) for block in blocks], max(map(len, blocks))
+    ids_nT = torch.tensor([block + [0] * (T - len(block)) for block in blocks], device=slots.device)
+    block = slots.place(rows, counts, T)
+    run = decode if slots.static and block.first and T == 1 else hidden_states
+    hidden_nTD = run(policy, block, ids_nT)
+    for row, count in zip(rows, counts):
+        slots.lengths[row] += count
+    last_n = torch.tensor([max(0, count - 1) for count in counts], device=slots.device)
+    last_nD = hidden_nTD[torch.arange(len(rows), device=slots.device), last_n]
+    return matmul_fp32(last_nD, policy.get_output_embeddings().weight.T)
+
+# ----- 3. Sampling -----
+
+def sample(logits_nV, temperature, draws_n=None):
+    """[n, V] fp32 -> ids [n] and their log-probs [n] under softmax(logits / temperature); temperature 0 is greedy.
+
+    draws_n: a uniform number from [0, 1) a row, float64. The token is where the cumulated probabilities pass it. No
+    top-k, no top-p: what is sampled must be the distribution whose log-probs are trained. PITFALL: transformers'
+    generate(do_sample=True) cuts to the 50 most likely tokens unless told otherwise.
+    """
+    logprobs_nV = torch.log_softmax(logits_nV / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        ids_n1 = logprobs_nV.argmax(-1, keepdim=True)
+    else:  # float64: in fp32, sums near 1 are 6e-8 apart, and a token rarer than that could never be drawn
+        passed_nV = logprobs_nV.exp().cumsum(-1, dtype=draws_n.dtype)
+        ids_n1 = torch.searchsorted(passed_nV, draws_n[:, None] * passed_nV[:, -1:], right=True)
+        ids_n1 = ids_n1.clamp_max(logits_nV.shape[1] - 1)
+    return ids_n1[:, 0], logprobs_nV.gather(1, ids_n1)[:, 0]
+
+# ----- 4. Where a turn can end -----
+
+@functools.lru_cache(maxsize=32)
+def closing_ids(tokenizer, tags):
+    """Ids of the tokens that can complete one of `tags`, whatever came before: text is decoded only after these.
+
+    A tokenizer may spell `</search>` as one token, as `</`, `search`, `>`, or end it inside `>\\n\\n`. The piece that
+    completes it, up to one of its `>`, is a suffix of the tag or ends with the whole tag.
+    """
+    ids = set()
+    for i, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        heads = [piece[: at + 1] for at, character in enumerate(piece or "") if character == ">"]
+        if any(tag.endswith(head) or head.endswith(tag) for head in heads for tag in tags):
+            ids.add(i)
+    return ids
+
+def end_ids(policy, tokenizer):
+    """Ids that end a sequence: the tokenizer's, and those of the model's generation config (chat models have two)."""
+    configured = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
+    configured = configured if isinstance(configured, (list, tuple)) else [configured]
+    return {i for i in [tokenizer.eos_token_id, *configured] if i is not None}
+
+# ----- 5. Many conversations over few slots -----
+
+class Talk:
+    """A conversation in flight: its record, the generator that holds it, and what that wants next.
+
+    The generator yields a str to search for it (it is sent the passages), or None for the next token of the record (it
+    is sent (token, log-prob)). It may yield another record instead of None: a call of the model on a prompt of its own.
+    """
+
+    def __init__(self, number, record, generator):
+        self.number, self.record, self.generator = number, record, generator
+        self.query, self.done = None, False
+        self.context = record  # the record that the model continues
+        self.advance(None)
+        self.held = self.context  # the record whose keys are in its slot
+
+    def advance(self, answer):
+        """Send what was asked for, and note the next wish."""
+        try:
+            wish = self.generator.send(answer)
+        except StopIteration:
+            self.query, self.done = None, True
+            return
+        self.query = wish if isinstance(wish, str) else None
+        if self.query is None:
+            self.context = self.record if wish is None else wish
+
+def serve(talks, search):
+    """Answer all searches of these conversations, in one call of the search engine for all that ask at once."""
+    while asking := [talk for talk in talks if talk.query is not None]:
+        results = search([talk.query for talk in asking])
+        if len(results) != len(asking):
+            raise RuntimeError(f"the search engine returned {len(results)} lists for {len(asking)} queries")
+        for talk, passages in zip(asking, results):
+            talk.advance(passages)
+
+@torch.no_grad()
+def run(policy, conversations, search, max_length, group_size=1, temperature=1.0, generator=None, slots=None):
+    """Hold all conversations to their end. Their records have grown afterwards; nothing is returned.
+
+    conversations  list of B pairs (record, generator), as Talk takes them; the group_size members of a group stand in a
+                   row and begin with the same prompt
+    search         list[str] -> list of lists of passages
+    max_length     ids that a record may hold
+    slots          Slots to work in (they bound what is in flight), or how many to make. None: B, on a GPU at most 64
+    Raises Mistake if a group is larger than the slots, RuntimeError if the engine loses a query.
+
+    Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
+    rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
+    side changes nothing but last bits: the draw that picks a token belongs to its conversation and position.
+    """
+    if not conversations:
+        return
+    device = policy.get_output_embeddings().weight.device
+    if slots is None:
+        slots = min(len(conversations), max(GPU_SLOTS, group_size)) if device.type == "cuda" else len(conversations)
+    slots = slots if isinstance(slots, Slots) else Slots(policy, slots, max_length)
+    if len(slots.lengths) < group_size:
+        raise Mistake(f"{len(slots.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")
+    slots.clear()
+    double = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    draw = functools.partial(torch.rand, dtype=double, device=device)
+    draws_BL = draw(len(conversations), max_length, generator=generator) if temperature else None
+
+    talks = [Talk(b, *conversation) for b, conversation in enumerate(conversations)]
+    serve(talks, search)  # those that begin with a search
+    queue = deque(talks[at : at + group_size] for at in range(0, len(talks), group_size))
+    running = []  # the conversations in flight, in the order of their slots
+
+    def pending(row):
+        """Ids of the row's context that its slot does not hold yet."""
+        return running[row].context.ids[slots.lengths[row] :]
+
+    def writing(row):
+        """Is the row in the middle of a turn: all that its slot lacks is the last token?"""
+        talk = running[row]
+        going_on = talk.held is talk.context and talk.query is None and not talk.done
+        return going_on and len(talk.context.ids) - slots.lengths[row] == 1
+
+    def step(rows, logits_nV):
+        """Sample the next token of these rows and hand it to their conversations."""
+        talks = [running[row] for row in rows]
+        at = [talk.number for talk in talks], [len(talk.context.ids) for talk in talks]
+        ids_n, logprobs_n = sample(logits_nV, temperature, draws_BL[at] if temperature else None)
+        for talk, token, logprob in zip(talks, ids_n.tolist(), logprobs_n.tolist()):
+            talk.advance((token, logprob))
+
+    while queue or running:
+        serve(running, search)
+        # A conversation that is over leaves, and the last row takes its slot.
+        for talk in [talk for talk in running if talk.done]:
+            row, last = running.index(talk), running.pop()
+            if last is not talk:
+                slots.copy(len(running), [row])
+                running[row] = last
+            slots.lengths[len(running)] = 0
+        # Free slots go to the next groups, as long as there is room for a whole one.
+        before, new = len(running), []
+        while queue and len(running) + group_size <= len(slots.lengths):
+            new.append(list(range(len(running), len(running) + group_size)))
+            running += queue.popleft()
+        # A call on a prompt of its own begins with an empty slot, and with new draws, since positions start again.
+        for row, talk in enumerate(running):
+            if talk.held is not talk.context:
+                talk.held, slots.lengths[row] = talk.context, 0
+                if temperature:
+                    seed = int(draws_BL[talk.number, 0] * 2**53)  # no token is sampled at position 0
+                    draws_BL[talk.number] = draw(max_length, generator=torch.Generator(device).manual_seed(seed))
+        # One pass over what the slots do not hold yet: prompts, or a turn's last token and the passages after it.
+        fed = [[row] for row in range(before) if not writing(row)]
+        if fed + new:
+            rows = [members[0] for members in fed + new]
+            logits_nV = feed(policy, slots, rows, [pending(row) for row in rows])
+            for members in new:  # a prompt is encoded once and fanned out to its group
+                slots.copy(members[0], members[1:])
+            source = [i for i, members in enumerate(fed + new) for _ in members]
+            step([row for members in fed + new for row in members], logits_nV[torch.tensor(source, device=device)])
+        # One token a row and step, until a quarter of the rows wait.
+        while rows := [row for row in range(len(running)) if writing(row)]:
+            if len(running) - len(rows) >= max(1, len(running) // 4):
+                break
+            blocks = [[]] * len(running)
+            for row in rows:
+                blocks[row] = pending(row)
+            logits_nV = feed(policy, slots, list(range(len(running))), blocks)
+            step(rows, logits_nV[torch.tensor(rows, device=device)])

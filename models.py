@@ -1,0 +1,375 @@
+"""Four networks on one card: the policy, the reference and the critic of the paper, and the engine that samples.
+
+The paper spreads four copies of a model over eight 80 GB cards. Here the policy itself samples, so three networks are
+left. There are two ways to fit them on one card of 24 GB:
+
+    full fine-tuning   policy, frozen reference and critic are three models with all their weights (0.5B on one card)
+    LoRA roles [D14]   one frozen base plays all roles; only small adapters are trained (1.5B and 3B on one card):
+                           policy = base + its adapter      reference = base, adapters off
+                           critic = base + a second adapter + a row of values
+
+    1. PRESETS                                         what fits
+    2. Adapted, adapt, role, trained, merged_state     adapters, and which role a model plays
+    3. adam                                            fp32 masters of bf16 weights
+    4. make_models, recomputed                         all networks of a run; gradient checkpointing
+    5. predict_memory                                  what a run will hold, told before it begins
+
+Departure: [D14] P: with --lora-rank policy, reference and critic are one frozen base with adapters. The paper trains
+every weight of the policy and of the critic.
+
+The arithmetic of a 24 GB card (22.3 GiB) for the presets below. Peak: predict_memory, which a run prints before it
+starts. Time: for 1 TB/s of memory, 60 % of it reached in decoding, and 80 Tflop/s (about an RTX 4090), with 80 rollouts
+a step of 1200 ids, 400 of them written by the policy:
+    decoding      80 * 400 / slots steps, each (weights + slots * 800 * bytes of a key and value) / 0.6 TB/s
+    the rest      96,000 ids * weights * flop: 2 each for reading, old and reference log-probs; 8 for the update (6 with
+                  frozen weights, which need no gradient of their own), the repeated forward pass of gradient
+                  checkpointing included; PPO: 2 more for the values, and the update once more
+The encoder of the passages takes 0.3 GiB more. These are predictions; tests/bench_memory.py measures them on a GPU.
+
+                  predicted peak, GiB    seconds a step    a whole run
+                     GRPO     PPO          GRPO   PPO       GRPO    PPO
+    qwen2.5-0.5b     13.3    19.8            10    16       1.1 h   1.8 h
+    qwen2.5-1.5b     12.4    13.0            26    41       2.2 h   3.4 h
+    qwen2.5-3b       18.5    19.5            51    81       4.3 h   6.8 h
+    llama-3.2-3b     17.0    17.8            68    99       5.7 h   8.3 h
+"""
+
+import contextlib
+import copy
+import functools
+import sys
+import types
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from engine import FEED_TOKENS
+from kernels import default_chunk
+from searchr1 import Critic
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# ----- 1. Presets: what fits on one card -----
+#
+# A preset is a dict of flags that differ from train.py's defaults, which are the tiny world's. `NAME/ALGO` is what
+# `python train.py --preset NAME --algo ALGO` runs with.
+
+# The paper's recipe [the official v0.2 scripts, the paper's appendix], with a batch for one card and one update a step:
+# ten updates on 2560 rollouts are where the official GRPO collapses. The warm-ups are 0.285 and 0.015 of the steps.
+REAL = {
+    "steps": 300, "batch_size": 16, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6,
+    "critic_lr": 1e-5, "warmup_steps": 86, "critic_lr_warmup_steps": 5, "critic_warmup_steps": 0, "lr_decay": False,
+    "adam_beta2": 0.999, "weight_decay": 0.01, "max_turns": 4, "max_new_tokens": 500, "max_obs_length": 500,
+    "max_length": 4096, "invalid_message": "official", "recompute_old_logprobs": True, "gradient_checkpointing": True,
+    "slots": 64, "eval_every": 50, "eval_limit": 100, "save_every": 50,
+}  # fmt: skip
+# What each algorithm changes. Fine-tuning has no reward and no reference [Sec. 4]; five samples a question are the
+# paper's.
+REAL_PPO = {"batch_size": 80, "group_size": 1, "kl_in": "reward"}
+REAL_REINFORCE = {"batch_size": 80, "group_size": 1}
+REAL_SFT = {"group_size": 1, "kl_coef": 0.0, "minibatches": 1, "recompute_old_logprobs": False, "lr": 1e-5}
+REAL_REJECTION = REAL_SFT | {"group_size": 5}
+# Adapters want some ten times the learning rate of the weights themselves. The paper does not give fine-tuning's rates.
+LORA = {"lora_rank": 32, "lora_alpha": 64.0, "lr": 1e-5, "critic_lr": 1e-4}
+LORA_SFT, LORA_REJECTION = REAL_SFT | {"lr": 1e-4}, REAL_REJECTION | {"lr": 1e-4}
+# Without a Wikipedia dump: HotpotQA over its own paragraphs, found by the paper's encoder.
+HOTPOTQA = REAL | {"train_data": "hotpotqa", "corpus": "contexts", "encoder": "intfloat/e5-base-v2"}
+QWEN_05B = HOTPOTQA | {"model": "Qwen/Qwen2.5-0.5B", "steps": 400, "warmup_steps": 114, "critic_lr_warmup_steps": 6}
+QWEN_15B = HOTPOTQA | LORA | {"model": "Qwen/Qwen2.5-1.5B"}
+QWEN_3B = HOTPOTQA | LORA | {"model": "Qwen/Qwen2.5-3B"}
+# Eight key-value heads instead of two: the keys and values of a rollout take three times as much.
+LLAMA_3B = HOTPOTQA | LORA | {"model": "meta-llama/Llama-3.2-3B", "slots": 20, "micro_batch_tokens": 4096}
+# The official v0.2 scripts (scripts/nq_hotpotqa/v0.2), for whoever has the hardware, 8 x 80 GB there.
+PAPER = REAL | {
+    "model": "Qwen/Qwen2.5-7B", "train_data": "nq+hotpotqa",  # Sec. 4; 169,615 questions; also Qwen2.5-3B, and instruct
+    "corpus": "http://127.0.0.1:8000/retrieve",  # wiki-18 behind the official server, E5, top 3
+    "steps": 1005, "warmup_steps": 286, "critic_lr_warmup_steps": 15,  # the paper reports step 500
+    "batch_size": 512, "minibatches": 10,  # data.train_batch_size; 2560 rollouts in mini-batches of 256
+    "entropy_coef": 0.001,  # the default of the official code, which no script changes
+    "slots": 256, "eval_every": 100, "eval_limit": 1000, "save_every": 100,
+}  # fmt: skip
+PAPER_ONE = {"group_size": 1, "minibatches": 2}  # 512 rollouts in mini-batches of 256
+
+PRESETS = {
+    "tiny/grpo": {},
+    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 80},
+    "tiny/reinforce": {"batch_size": 240, "group_size": 1},
+    "tiny/sft": {"batch_size": 240, "group_size": 1, "kl_coef": 0.0, "minibatches": 1},
+    "tiny/rejection": {"batch_size": 96, "kl_coef": 0.0, "minibatches": 1, "steps": 60},
+    "real/grpo": REAL,  # any --model, --train-data, --corpus
+    "real/ppo": REAL | REAL_PPO,
+    "real/reinforce": REAL | REAL_REINFORCE,
+    "real/sft": REAL | REAL_SFT,
+    "real/rejection": REAL | REAL_REJECTION,
+    "qwen2.5-0.5b/grpo": QWEN_05B,
+    # Two full models with their masters and Adam leave room for half the slots.
+    "qwen2.5-0.5b/ppo": QWEN_05B | REAL_PPO | {"slots": 32, "micro_batch_tokens": 4096},
+    "qwen2.5-0.5b/reinforce": QWEN_05B | REAL_REINFORCE,
+    "qwen2.5-0.5b/sft": QWEN_05B | REAL_SFT,
+    "qwen2.5-0.5b/rejection": QWEN_05B | REAL_REJECTION,
+    "qwen2.5-1.5b/grpo": QWEN_15B,
+    "qwen2.5-1.5b/ppo": QWEN_15B | REAL_PPO,
+    "qwen2.5-1.5b/reinforce": QWEN_15B | REAL_REINFORCE,
+    "qwen2.5-1.5b/sft": QWEN_15B | LORA_SFT,
+    "qwen2.5-1.5b/rejection": QWEN_15B | LORA_REJECTION,
+    "qwen2.5-3b/grpo": QWEN_3B,
+    "qwen2.5-3b/ppo": QWEN_3B | REAL_PPO,
+    "qwen2.5-3b/reinforce": QWEN_3B | REAL_REINFORCE,
+    "qwen2.5-3b/sft": QWEN_3B | LORA_SFT,
+    "qwen2.5-3b/rejection": QWEN_3B | LORA_REJECTION,
+    "llama-3.2-3b/grpo": LLAMA_3B,
+    "llama-3.2-3b/ppo": LLAMA_3B | REAL_PPO,
+    "llama-3.2-3b/reinforce": LLAMA_3B | REAL_REINFORCE,
+    "llama-3.2-3b/sft": LLAMA_3B | LORA_SFT,
+    "llama-3.2-3b/rejection": LLAMA_3B | LORA_REJECTION,
+    "paper/grpo": PAPER,
+    "paper/ppo": PAPER | PAPER_ONE | {"kl_in": "reward"},
+    "paper/reinforce": PAPER | PAPER_ONE,
+    "paper/sft": PAPER | REAL_SFT,
+    "paper/rejection": PAPER | REAL_REJECTION,
+}
+
+# ----- 2. Adapters, and the role that a model plays -----
+
+class Adapted(torch.nn.Module):
+    """A frozen linear layer and, for each role, a trained change of low rank [LoRA Eq. 3]: y = W x + b + alpha/r B A x.
+
+    weight [out, in] and bias are the layer's own, under their old names. A [r, in] is uniform in +-1/sqrt(in), B [out,
+    r] is 0, so that every role begins as the base model. `role` says whose change is on; None: nobody's.
+    """
+
+    role = "policy"
+
+    def __init__(self, linear, roles, rank, alpha, generator):
+        super().__init__()
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        new = lambda *shape: linear.weight.new_zeros(shape)
+        self.A = torch.nn.ParameterDict({name: new(rank, linear.in_features) for name in roles})
+        self.B = torch.nn.ParameterDict({name: new(linear.out_features, rank) for name in roles})
+        for A in self.A.values():
+            A.data.copy_(torch.empty(A.shape).uniform_(-1, 1, generator=generator) * linear.in_features**-0.5)
+        self.train(linear.training)
+
+    def forward(self, x):
+        x_nD = x.reshape(-1, x.shape[-1])
+        y_nD = torch.nn.functional.linear(x_nD, self.weight, self.bias)
+        if self.role:  # two thin products; the second is added onto y in place, since decoding pays for each kernel
+            y_nD = y_nD.addmm_(x_nD @ self.A[self.role].T, self.B[self.role].T, alpha=self.scale)
+        return y_nD.view(*x.shape[:-1], -1)
+
+def adapt(policy, roles, rank, alpha, seed=0):
+    """Freeze a causal LM and replace every linear layer of its body (never the lm_head) by an Adapted one, in place."""
+    policy.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for block in list(policy.base_model.modules()):
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                setattr(block, name, Adapted(layer, roles, rank, alpha, generator))
+    return policy
+
+@contextlib.contextmanager
+def role(model, name):
+    """Inside, an adapted model plays `name`: "policy" (the default), "critic", or None, the base model. With full
+    fine-tuning, `role` is a no-op. PITFALL: gradient checkpointing repeats the forward pass in backward(). Call that
+    inside, too; otherwise the gradient belongs to the policy's activations, and nothing complains."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Adapted)]
+    for layer in layers:
+        layer.role = name
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.role = Adapted.role
+
+def trained(model, name):
+    """The parameters that role `name` trains, {name: parameter}: all of a full model; of an adapted one the role's own
+    adapters, and the critic's head."""
+    other = {"policy": ".critic", "critic": ".policy"}[name]
+    return {key: p for key, p in model.named_parameters() if p.requires_grad and not key.endswith(other)}
+
+def merged_state(policy):
+    """State dict of the plain model that answers as the policy does: each W + alpha/r B A is summed in fp32 and rounded
+    once. On the CPU, since a card that ran out of memory has no room for it."""
+    state = {key: t for key, t in policy.state_dict().items() if not key.endswith((".policy", ".critic"))}
+    for key, layer in policy.named_modules():
+        if isinstance(layer, Adapted):
+            W, A, B = (t.detach().cpu().float() for t in (layer.weight, layer.A["policy"], layer.B["policy"]))
+            state[f"{key}.weight"] = torch.addmm(W, B, A, alpha=layer.scale).to(layer.weight.dtype)
+    return state
+
+# ----- 3. The optimiser and its fp32 masters -----
+
+def adam(parameters, lr, config):
+    """{name: parameter} -> AdamW over their fp32 masters: an fp32 parameter itself, a copy of a bf16 one.
+
+    PITFALL: bf16 has 8 significant bits: the next number after 0.02 is 1.2e-4 away. An Adam step at the paper's
+    learning rate is 1e-6, which rounds back to where it was, every time: nothing is learned, and no log shows it. So
+    sums are kept in fp32. Gradients of micro-batches are added up in the master, the optimiser moves the master, and
+    the parameter is the master, rounded. It is written in place, since the rollout's CUDA graphs read that very
+    address.
+    """
+    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters.values()]
+    copies = [(p, master) for p, master in zip(parameters.values(), masters) if p is not master]
+
+    def hand_over(master, p):
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    def write_back(*_):
+        for p, master in copies:
+            p.detach().copy_(master.detach())
+
+    for p, master in copies:
+        p.register_post_accumulate_grad_hook(functools.partial(hand_over, master))
+    # fused: the other variants hold a second copy of everything for a moment.
+    optimizer = torch.optim.AdamW(
+        masters, lr, (0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=masters[0].is_cuda or None
+    )
+    optimizer.register_step_post_hook(write_back)
+    return optimizer
+
+# ----- 4. All networks of a run -----
+
+@dataclass
+class Models:
+    """The networks and what moves them. Critic and its optimiser are None except for PPO. With adapters, policy,
+    reference and the critic's body are one object, told apart by `role`."""
+
+    policy: torch.nn.Module  # also the engine that samples
+    reference: torch.nn.Module  # pi_ref of Eq. 1: the policy as it was at the start, frozen
+    critic: torch.nn.Module | None
+    optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer | None
+    updates: int = 0  # optimiser steps since the program started, counted as they begin
+
+    def learners(self):
+        """(role, network, its optimiser) of what is trained."""
+        critic = [("critic", self.critic, self.critic_optimizer)] if self.critic else []
+        return [("policy", self.policy, self.optimizer)] + critic
+
+def make_models(policy, config):
+    """A causal LM and the Config of train.py -> Models. The policy stays the object it is."""
+    ppo = config.algo == "ppo"
+    if config.lora_rank:
+        roles = ("policy", "critic") if ppo else ("policy",)
+        reference = adapt(policy, roles, config.lora_rank, config.lora_alpha, config.seed)
+        critic = Critic(policy, policy.base_model).to(policy.device) if ppo else None
+    else:
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        critic = Critic(policy).to(policy.device) if ppo else None
+    if config.gradient_checkpointing:
+        for network in (policy, critic) if ppo else (policy,):
+            for layer in network.modules():
+                if isinstance(layer, GradientCheckpointingLayer):  # transformers' mark of a decoder layer
+                    layer.forward = types.MethodType(recomputed, layer)
+    critic_optimizer = adam(trained(critic, "critic"), config.critic_lr, config) if ppo else None
+    return Models(policy, reference, critic, adam(trained(policy, "policy"), config.lr, config), critic_optimizer)
+
+def recomputed(layer, *args, **kwargs):
+    """forward() of a decoder layer that keeps only its input; the backward pass computes the rest again.
+
+    transformers has this built in for layers in training mode. Ours stay in eval mode, because dropout would make old
+    and new log-probs differ. Without gradients (rollouts, phase 4) it is the plain forward().
+    """
+    plain = functools.partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():
+        return plain(*args, **kwargs)
+    return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+# ----- 5. Memory, told in advance -----
+
+# Temporary memory, grouped by the moment that holds it. Everything else is held all the time.
+MOMENTS = {
+    "writing rollouts": ("a block", "sampling"),
+    "log-probs in the update": ("gradients", "activations", "log-probs"),
+    "one layer in the update": ("gradients", "activations", "one layer"),
+}
+
+def predict_memory(policy, config):
+    """A causal LM as it was loaded, and the Config -> {what: bytes} that the run will hold. Weights, adapters, masters
+    and Adam are exact; keys, values and activations are those of the longest rollouts that max_length allows."""
+    c, e = policy.config, policy.dtype.itemsize
+    device = "cuda" if policy.device.type == "meta" else policy.device.type  # a model without memory: plan for a card
+    D, I, V, H, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.num_hidden_layers
+    head_dim = getattr(c, "head_dim", None) or D // H
+    q, kv = H * head_dim, (getattr(c, "num_key_value_heads", None) or H) * head_dim
+    lora, critics, r = bool(config.lora_rank), config.algo == "ppo", config.lora_rank
+    numbers = lambda module: sum(p.numel() for p in module.parameters())
+    linears = [m for m in policy.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    head = critics * (D + 1)  # of the critic, always in fp32
+
+    # Trained numbers, and tensors: the adapters [r, in] and [out, r] of each role, or the policy and the critic's body.
+    adapters = sum(r * (m.in_features + m.out_features) for m in linears)
+    bodies = numbers(policy) + critics * numbers(policy.base_model)
+    count = (1 + critics) * adapters if lora else bodies
+    tensors = (1 + critics) * 2 * len(linears) if lora else sum(1 for _ in policy.parameters())
+    tensors += critics * (2 + (0 if lora else sum(1 for _ in policy.base_model.parameters())))
+
+    # What autograd keeps of a layer, bytes a token. Each norm: its input in fp32 (4), the normalised value where its
+    # weight is trained (e), the result (e). Attention: q, k, v as rotated and its output, one fp32 number a head. MLP:
+    # gate, silu(gate), up, their product. Qwen3's norms of q and k. Adapters: A x, of 7 layers.
+    norm = 4 + e + e * (not lora)
+    layer = 2 * D * norm + e * (2 * q + 2 * kv + 4 * I) + 4 * H + e * r * (len(linears) // layers)
+    layer += (norm - e) * (q + kv) * any("q_norm" in name for name, _ in policy.base_model.named_modules())
+    # Kept from the forward pass on: all layers in full, or with gradient checkpointing the input of each. In the
+    # backward pass one layer is computed again, if it was not kept, and the gradients of the MLP's parts are added.
+    kept = layers * (e * D if config.gradient_checkpointing else layer) + D * norm  # the last norm is always kept
+    once = layer * config.gradient_checkpointing + e * (3 * I + 2 * D)
+    tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: at least one row
+    # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), the
+    # rows in e, their gradient in fp32 and in e. Where the lm_head is trained its gradient, and if tied the
+    # embedding's.
+    one_slice = 4 * tokens * default_chunk(tokens, V, device)
+    logits = one_slice * (1 + e / 4 if device == "cuda" else 4) + tokens * D * (4 + 3 * e)
+    logits += 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings))
+
+    rollouts = config.batch_size * config.group_size
+    slots = config.slots or rollouts
+    # A block of passages on its way through a layer [engine.feed]: keys and values of its rows, gathered and repeated
+    # for all heads (FEED_TOKENS columns), and the MLP's parts (as many ids at most, if all of them are prompts).
+    block = e * min(FEED_TOKENS, slots * config.max_length) * (2 * kv + 2 * q + 3 * I + 4 * D)
+    return {
+        "weights": e * numbers(policy),
+        "reference's weights": 0 if lora else e * numbers(policy),
+        "critic's weights": 0 if lora else critics * e * numbers(policy.base_model),
+        "critic's head": 4 * head,
+        "adapters": lora * e * count,
+        "fp32 masters": 4 * count if e != 4 else 0,
+        "Adam": 8 * (count + head) + 4 * tensors,  # two means, and the number of steps
+        "gradients": 4 * (count + head),
+        # Held through the update, because graphs point to them. Rejection sampling has a second set, of the base model.
+        "keys and values": slots * (config.max_length + 1) * layers * 2 * kv * e * (1 + (config.algo == "rejection")),
+        "a block": block,
+        "sampling": slots * V * (3 * 4 + 8),  # logits, log-probs, probabilities; their sums in float64
+        "activations": tokens * kept,
+        "log-probs": int(logits),
+        "one layer": tokens * once,
+    }
+
+def predicted_peak(memory):
+    """predict_memory's dict -> (bytes at the fullest moment, which moment)."""
+    passing = set().union(*MOMENTS.values())
+    always = sum(count for name, count in memory.items() if name not in passing)
+    return max((always + sum(memory[name] for name in names), moment) for moment, names in MOMENTS.items())
+
+def size(count):
+    """Bytes -> text."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+def memory_table(memory):
+    peak, moment = predicted_peak(memory)
+    lines = [f"  {name:20}{size(count):>12}" for name, count in memory.items() if count]
+    return "\n".join(["memory, predicted:", *lines, f"  {'at the most':20}{size(peak):>12}   ({moment})"])
+
+def peak_bytes(device):
+    """The most that this process has held so far: on CUDA in tensors, elsewhere as resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
