@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 from engine import Mistake
-from retrieval import WORD, Passage, SearchFailed, build, build_index, engine_from, written_whole
+from retrieval import WORD, Passage, SearchFailed, build, build_index, engine_from, numbered_lines, written_whole
 from searchr1 import RETHINK, Question, Settings
 
 transformers_logging.disable_progress_bar()
@@ -63,20 +63,13 @@ def _verb(name, subject, object, verb, noun="place", preposition="in"):
     return Relation(name, subject, object, nouns, facts)
 
 RELATIONS = [
-    _verb("born", "person", "city", "was born"),
-    _verb("lives", "person", "city", "lives"),
-    _verb("works", "person", "company", "works", "company", "for"),
-    _noun("teacher", "person", "person"),
-    _noun("country", "city", "country"),
-    _noun("mayor", "city", "person"),
-    _noun("port", "city", "city"),
-    _verb("based", "company", "city", "is based"),
-    _noun("founder", "company", "person"),
-    _noun("supplier", "company", "company"),
-    _noun("capital", "country", "city"),
-    _noun("leader", "country", "person"),
-    _noun("protector", "country", "country"),
-]
+    _verb("born", "person", "city", "was born"), _verb("lives", "person", "city", "lives"),
+    _verb("works", "person", "company", "works", "company", "for"), _noun("teacher", "person", "person"),
+    _noun("country", "city", "country"), _noun("mayor", "city", "person"), _noun("port", "city", "city"),
+    _verb("based", "company", "city", "is based"), _noun("founder", "company", "person"),
+    _noun("supplier", "company", "company"), _noun("capital", "country", "city"),
+    _noun("leader", "country", "person"), _noun("protector", "country", "country"),
+]  # fmt: skip
 RELATION = {r.name: r for r in RELATIONS}
 
 # Each part of a world takes PART entities from these pools. A name is one token and belongs to one entity.
@@ -146,9 +139,8 @@ def two_hop_share(step):
     return 0.8 + (0.35 - 0.8) * min(1.0, max(0.0, (step - 15) / 25))
 
 def draw_questions(questions, count, two_hop_share, rng):
-    """Draw `count` training questions of the tiny world: first the hops, then a relation (or a pair of relations), then
-    one of its questions. Drawn uniformly, six in ten one-hop questions would be about people, and the policy could
-    learn "one search" or "two searches" by relation instead of by question."""
+    """Draw `count` questions: first the hops, then a relation (or a pair), then one of its questions. Drawn uniformly,
+    six in ten one-hop questions would be about people: the policy could learn the number of searches by relation."""
     by_type = {}
     for question in questions:
         by_type.setdefault(question.path[1:], []).append(question)
@@ -233,8 +225,8 @@ def _poor_policy(question, searches, rng):
     asked, last, shown = set(), [], []  # pairs of earlier queries; sentences of the last search, and of all searches
     segments = [(f"<question> {question.text} </question>", False)]
     for _ in range(searches):
-        pairs = [(e, r) for e in entities for r in relations if RELATION[r].subject == KIND_OF[e]]
-        pairs = [pair for pair in pairs if pair not in asked]
+        fitting = [(e, r) for e in entities for r in relations if RELATION[r].subject == KIND_OF[e]]
+        pairs = [pair for pair in fitting if pair not in asked]
         if pairs and rng.random() > 0.1:
             query = rng.choice(pairs)
             asked.add(query)
@@ -258,12 +250,10 @@ def _poor_policy(question, searches, rng):
     yield segments
 
 def poor_episodes(questions, search, top_k, rng):
-    """Conversations of a poor policy, one a question, side by side -> episodes. The number of searches is drawn from
-    0..3 with weights 1, 2, 2, 1, whatever the question. A query pairs a random entity of the context with a random
-    relation word of the question that fits it, no pair twice; one query in ten is one or two random words of the
-    question. The answer is a random entity of the last passages; in four episodes of ten, of any passage with a
-    relation word of the question. Thoughts are random phrases. With three passages a search, this policy is right in
-    0.26 of the one-hop questions and 0.07 of the two-hop ones."""
+    """Conversations of a poor policy, one a question, side by side -> episodes. The number of searches does not depend
+    on the question. A query is a random entity of the context and a relation word of the question that fits it, or some
+    random words. The answer is a random entity of the last passages, or of any passage with a relation word of the
+    question. With three passages a search, 0.26 of the one-hop and 0.07 of the two-hop questions are answered right."""
     searches = [rng.choices([0, 1, 2, 3], [1, 2, 2, 1])[0] for _ in questions]
     talks = [_poor_policy(question, count, rng) for question, count in zip(questions, searches)]
     for turn in range(3):
@@ -348,13 +338,11 @@ def train_base_model(config):
             accuracy += 0.2 * (right - accuracy)
             if accuracy > 0.8 and level < 3:
                 level, accuracy = level + 1, 0.0
-        if step % 10 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.2f}, reading {accuracy:.2f} of {level} passages")
+        bar.set_postfix_str(f"loss {loss.item():.2f}, reading {accuracy:.2f} of {level} passages", refresh=False)
     return model.eval(), tokenizer
 
 def base_model(config, cache):
-    """BaseConfig, folder of the cache -> (model, tokenizer, its folder). The first call trains and saves it. The folder
-    appears whole or not at all: it is written under another name and then renamed."""
+    """BaseConfig, cache folder -> (model, tokenizer, their folder). The first call makes it, whole or not at all."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(cache) / f"base-{digest}"
     if not folder.exists():
@@ -377,13 +365,11 @@ DATASETS = {
     "nq": ("train", "test"), "triviaqa": ("train", "test"), "popqa": (None, "test"), "hotpotqa": ("train", "dev"),
     "2wikimultihopqa": ("train", "dev"), "musique": ("train", "dev"), "bamboogle": (None, "test"),
 }  # fmt: skip
-# Files that were fetched by hand lie here. PITFALL: with a folder named "datasets" on Python's path, transformers
-# believes that the library of that name is installed.
+# Files fetched by hand. PITFALL: transformers takes a folder "datasets" on Python's path for the library of that name.
 DOWNLOADS = Path("downloads")
 
 def fetch(repo, file, place):
-    """A file of a hub dataset -> its path: `place` if it lies there, else in the hub's cache, else downloaded there.
-    Mistake, one line that says what to put where, if it cannot be had."""
+    """File of a hub dataset -> `place`, or its path in the hub's cache, downloaded if need be. Mistake if it fails."""
     if place.exists():
         return place
     url = huggingface_hub.hf_hub_url(repo, file, repo_type="dataset")
@@ -404,15 +390,14 @@ def question_files(spec, split):
     wins over a set of the same name. Mistake for an unknown name, a missing split, a file out of reach."""
     if Path(spec).is_file():
         return [Path(spec)]
-    wanted = []
+    official = {name: splits[split == "eval"] for name, splits in DATASETS.items()}  # {"nq": "test", ...}
     for name in spec.split("+"):  # check all names before the first download
-        if name not in DATASETS:
+        if name not in official:
             raise Mistake(f"cannot read {spec}: no such file, and {name!r} is none of the sets {', '.join(DATASETS)}")
-        if not (kind := DATASETS[name][split == "eval"]):
-            trained = ", ".join(name for name, (train, _) in DATASETS.items() if train)
-            raise Mistake(f"{name} has no training split; {trained} have one")
-        wanted.append(f"{name}/{kind}.jsonl")
-    return [fetch("RUC-NLPIR/FlashRAG_datasets", file, DOWNLOADS / file) for file in wanted]
+        if not official[name]:
+            raise Mistake(f"{name} has no training split; {', '.join(filter(official.get, official))} have one")
+    files = [f"{name}/{official[name]}.jsonl" for name in spec.split("+")]
+    return [fetch("RUC-NLPIR/FlashRAG_datasets", file, DOWNLOADS / file) for file in files]
 
 def load_data(spec, split):
     """As question_files -> list[Question]. In joined sets an id begins with the name of its set: "nq/test_0"."""
@@ -425,22 +410,19 @@ def load_questions(path):
     """JSON lines `{"id": str, "question": str, "golden_answers": [str, ...]}` (FlashRAG) -> list[Question]. Mistake,
     with file and line, if a line is no JSON object, lacks a key or has no answer."""
     questions = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise Mistake(f"{where}: not a JSON object ({error})") from None
-            record = record if isinstance(record, dict) else {}
-            text, answers = record.get("question"), record.get("golden_answers")
-            if not isinstance(text, str) or not text.strip():
-                raise Mistake(f'{where}: a question needs "question" (a string)')
-            if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-                raise Mistake(f'{where}: a question needs "golden_answers" (a list of strings, at least one)')
-            questions.append(Question(str(record.get("id", number)), text, tuple(answers)))
+    for number, _, line in numbered_lines(path):
+        where = f"{path} line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise Mistake(f"{where}: not a JSON object ({error})") from None
+        record = record if isinstance(record, dict) else {}
+        text, answers = record.get("question"), record.get("golden_answers")
+        if not isinstance(text, str) or not text.strip():
+            raise Mistake(f'{where}: a question needs "question" (a string)')
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise Mistake(f'{where}: a question needs "golden_answers" (a list of strings, at least one)')
+        questions.append(Question(str(record.get("id", number)), text, tuple(answers)))
     if not questions:
         raise Mistake(f"{path}: no questions in this file")
     return questions
@@ -462,11 +444,9 @@ def write_lines(path, records):
 
 def paragraphs(record):
     """A record of a question file -> the paragraphs that came with the question, as pairs (title, text).
-
     HotpotQA: metadata.context = {"title": [...], "sentences": [[...], ...]}, where 2WikiMultiHopQA says "content".
     MuSiQue: metadata.question_decomposition = [{..., "support_paragraph": {"title", "paragraph_text"}}, ...]; we have
-    not seen that file: public code finds that dict, or the dict printed as a string. The original has "paragraphs".
-    """
+    not seen that file: public code finds that dict, or the dict printed as a string. The original has "paragraphs"."""
     metadata = record.get("metadata") or {}
     context = metadata.get("context") or {}
     sentences = context.get("sentences") or context.get("content") or []
@@ -479,26 +459,22 @@ def paragraphs(record):
             yield found["title"], found["paragraph_text"].strip()
 
 def distinct_paragraphs(files):
-    """Question files -> the `contents` of every paragraph that came with a question, each once, in order. Mistake for a
-    file in which no question brings one. HotpotQA's has 600 MB: we read it by lines and keep 64 bits a paragraph."""
+    """Question files -> {"id", "contents"} of each different paragraph of their questions, in order. Mistake for a file
+    in which no question brings one. HotpotQA's has 600 MB: we read it by lines and keep 64 bits a paragraph."""
     seen = set()
     for file in files:
-        total, bare, size = 0, 0, file.stat().st_size
-        with open(file, "rb") as lines, tqdm(total=size, unit="B", unit_scale=True, delay=2, desc="reading") as bar:
-            for number, line in enumerate(lines, 1):
-                bar.update(len(line))
-                if not line.strip():
-                    continue
-                try:
-                    found = list(paragraphs(json.loads(line)))
-                except (ValueError, SyntaxError, TypeError, AttributeError, KeyError) as error:
-                    raise Mistake(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
-                total, bare = total + 1, bare + (not found)
-                for title, text in found:
-                    contents = f'"{title}"\n{text}'
-                    if text and hash(contents) not in seen:
-                        seen.add(hash(contents))
-                        yield contents
+        total = bare = 0
+        for number, _, line in numbered_lines(file):
+            try:
+                found = list(paragraphs(json.loads(line)))
+            except (ValueError, SyntaxError, TypeError, AttributeError, KeyError) as error:
+                raise Mistake(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
+            total, bare = total + 1, bare + (not found)
+            for title, text in found:
+                contents = f'"{title}"\n{text}'
+                if text and hash(contents) not in seen:
+                    yield {"id": str(len(seen)), "contents": contents}
+                    seen.add(hash(contents))
         if bare == total:
             needed = "no question brings paragraphs, as those of hotpotqa, 2wikimultihopqa and musique do"
             raise Mistake(f"{file}: {needed}; give another --corpus: wiki18, a file of passages, an index or a server")
@@ -511,8 +487,7 @@ def contexts_corpus(files, folder):
     corpus = Path(folder) / f"contexts-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:10]}.jsonl"
     if not corpus.exists():
         corpus.parent.mkdir(parents=True, exist_ok=True)
-        found = enumerate(distinct_paragraphs(files))
-        write_lines(corpus, ({"id": str(row), "contents": contents} for row, contents in found))
+        write_lines(corpus, distinct_paragraphs(files))
     return corpus
 
 def resolve_corpus(spec, files, encoder="hashed", folder="outputs/corpora"):
@@ -621,8 +596,7 @@ def show_world(seed):
         print(f"a perfect policy with {top_k} passages a search would score {score:.4f}")
     for question in rng.sample([q for q in world.test if q.hops == 2], 3):
         print(f"\n{question.text}   -> {question.gold_answers[0]}   path: {' > '.join(question.path)}")
-        for passage in search([question.text], 3)[0]:
-            print(f"    {passage.text}")
+        print(*(f"    {passage.text}" for passage in search([question.text], 3)[0]), sep="\n")
     show = lambda segments: " ".join(text for text, _ in segments)
     print(f"\nthe base model reads:\n    {show(reading_episode(world, sorted(world.facts), 3, rng))}")
     print(f"and imitates a poor policy:\n    {show(poor_episodes([rng.choice(world.train)], search, 3, rng)[0])}")

@@ -31,20 +31,17 @@ class Mistake(ValueError):
 # ----- 1. Keys and values -----
 
 class Slots:
-    """Keys and values of the rows in flight, a slot a row, kept over turns.
-
-    Slot s holds positions 0..lengths[s]-1 of one conversation, left-aligned and without holes. Whatever lies beyond is
-    left over from an earlier row. It is never visible, since a query at position p sees keys 0..p only, and it is
-    overwritten when the row grows. The last column takes what padding writes.
+    """Slot s holds keys and values of positions 0..lengths[s]-1 of one conversation, left-aligned and without holes.
+    Whatever lies beyond is left over from an earlier row. It is never visible, since a query at position p sees keys
+    0..p only, and it is overwritten when the row grows. The last column takes what padding writes.
 
     On a GPU the buffers have their final size from the start, so that a decoding step can be captured as a CUDA graph
-    and replayed over the same addresses. Elsewhere they grow. Bytes, for max_length columns: slots * (max_length + 1) *
-    layers * 2 * key-value heads * head size * bytes a number.
+    and replayed over the same addresses. Elsewhere they grow. Bytes: slots * (max_length + 1) * layers * 2 * key-value
+    heads * head size * bytes a number.
 
     PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
     keys with new weights, and nothing complains. So `run` begins with `clear`. Buffers and graphs stay: the optimiser
-    changes weights in place, and a graph reads addresses. Replacing a parameter would leave the graph on the old
-    policy.
+    changes weights in place, and a graph reads addresses. A replaced parameter would leave the graph on the old policy.
     """
 
     def __init__(self, policy, slots, max_length, static=None):
@@ -54,8 +51,7 @@ class Slots:
         self.layers = []  # a pair [keys, values] a layer, each [slots, heads, capacity, d]
         self.lengths = [0] * slots
         self.steps = {}  # (rows, columns) -> the static inputs and the replay of `decode`
-        # Graphs share their scratch memory.
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # graphs share scratch
 
     def clear(self):
         self.lengths = [0] * len(self.lengths)
@@ -114,23 +110,19 @@ class Block:
 
 def hidden_states(policy, block, ids_nT):
     """Run the model's body over the ids of a Block -> hidden states [n, T, D]."""
-    columns_w, positions_nT = torch.arange(block.width, device=ids_nT.device), block.positions_nT
-    visible_nTw = columns_w <= positions_nT[:, :, None]
-    bias_nTw = torch.zeros(visible_nTw.shape, dtype=policy.dtype, device=ids_nT.device)
-    bias_nTw.masked_fill_(~visible_nTw, torch.finfo(policy.dtype).min)
-    bias_n1Tw = bias_nTw[:, None]
-    return policy.base_model(
-        input_ids=ids_nT, attention_mask=bias_n1Tw, position_ids=positions_nT, past_key_values=block, use_cache=True
-    ).last_hidden_state
+    visible_n1Tw = torch.arange(block.width, device=ids_nT.device) <= block.positions_nT[:, None, :, None]
+    bias_n1Tw = torch.zeros(visible_n1Tw.shape, dtype=policy.dtype, device=ids_nT.device)
+    bias_n1Tw.masked_fill_(~visible_n1Tw, torch.finfo(policy.dtype).min)
+    inputs = {"input_ids": ids_nT, "attention_mask": bias_n1Tw, "position_ids": block.positions_nT}
+    return policy.base_model(**inputs, past_key_values=block, use_cache=True).last_hidden_state
 
 def decode(policy, block, ids_n1):
     """hidden_states() of one id a row over static buffers, on a GPU as a replayed CUDA graph -> [n, 1, D].
 
     One token takes hundreds of small kernels. Started one by one from Python they take longer than reading all weights;
     a graph starts them at once, but only for fixed shapes. So rows are padded to slots, slots/2, slots/4, ..., columns
-    to a multiple of 256, and each pair gets its graph when it first occurs. Padding rows are free slots: what they
-    write is overwritten by the next prompt.
-    """
+    to a multiple of 256, and each pair gets its graph when it first occurs. Padding rows are free slots: the next
+    prompt overwrites what they write."""
     slots = block.slots
     n, rows, hidden_column = len(ids_n1), len(slots.lengths), slots.capacity - 1
     while rows // 2 >= n:
@@ -167,10 +159,8 @@ def captured(run, slots):
 
 def feed(policy, slots, rows, blocks):
     """Append blocks[i], a list of ids, to slot rows[i] -> logits [n, V] fp32 of the token after the last id of each.
-
-    One function serves a prompt (a long block, the slot is empty), a decoding step (one id) and retrieved passages (a
-    long block, the slot is full): nothing is encoded twice. An empty block is padding and leaves its slot as it was.
-    """
+    This serves a prompt (a long block, the slot is empty), a decoding step (one id) and retrieved passages (a long
+    block, the slot holds a conversation): nothing is encoded twice. An empty block leaves its slot as it was."""
     longest = max(slots.lengths[row] + len(block) for row, block in zip(rows, blocks))
     most = max(1, FEED_TOKENS // longest)
     if max(map(len, blocks)) > 1 and len(rows) > most:  # in pieces, blocks of like length together
@@ -193,11 +183,9 @@ def feed(policy, slots, rows, blocks):
 
 def sample(logits_nV, temperature, draws_n=None):
     """[n, V] fp32 -> ids [n] and their log-probs [n] under softmax(logits / temperature); temperature 0 is greedy.
-
     draws_n: a uniform number from [0, 1) a row, float64. The token is where the cumulated probabilities pass it. No
     top-k, no top-p: what is sampled must be the distribution whose log-probs are trained. PITFALL: transformers'
-    generate(do_sample=True) cuts to the 50 most likely tokens unless told otherwise.
-    """
+    generate(do_sample=True) cuts to the 50 most likely tokens unless told otherwise."""
     logprobs_nV = torch.log_softmax(logits_nV / (temperature or 1.0), dim=-1)
     if temperature == 0:
         ids_n1 = logprobs_nV.argmax(-1, keepdim=True)
@@ -212,16 +200,12 @@ def sample(logits_nV, temperature, draws_n=None):
 @functools.lru_cache(maxsize=32)
 def closing_ids(tokenizer, tags):
     """Ids of the tokens that can complete one of `tags`, whatever came before: text is decoded only after these.
-
     A tokenizer may spell `</search>` as one token, as `</`, `search`, `>`, or end it inside `>\\n\\n`. The piece that
-    completes it, up to one of its `>`, is a suffix of the tag or ends with the whole tag.
-    """
-    ids = set()
-    for i, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
-        heads = [piece[: at + 1] for at, character in enumerate(piece or "") if character == ">"]
-        if any(tag.endswith(head) or head.endswith(tag) for head in heads for tag in tags):
-            ids.add(i)
-    return ids
+    completes it, up to one of its `>`, is a suffix of the tag or ends with the whole tag."""
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    heads = lambda piece: [piece[: at + 1] for at, character in enumerate(piece or "") if character == ">"]
+    closes = lambda piece: any(tag.endswith(head) or head.endswith(tag) for head in heads(piece) for tag in tags)
+    return {i for i, piece in enumerate(pieces) if closes(piece)}
 
 def end_ids(policy, tokenizer):
     """Ids that end a sequence: the tokenizer's, and those of the model's generation config (chat models have two)."""
@@ -232,16 +216,13 @@ def end_ids(policy, tokenizer):
 # ----- 5. Many conversations over few slots -----
 
 class Talk:
-    """A conversation in flight: its record, the generator that holds it, and what that wants next.
-
-    The generator yields a str to search for it (it is sent the passages), or None for the next token of the record (it
-    is sent (token, log-prob)). It may yield another record instead of None: a call of the model on a prompt of its own.
-    """
+    """A conversation in flight: its record, the generator that holds it, and what that wants next. The generator yields
+    a str to search for (and is sent the passages), or None for the next token of the record (and is sent (token,
+    log-prob)). It may yield another record instead of None: a call of the model on a prompt of its own."""
 
     def __init__(self, number, record, generator):
         self.number, self.record, self.generator = number, record, generator
-        self.query, self.done = None, False
-        self.context = record  # the record that the model continues
+        self.done, self.context = False, record  # context: the record that the model continues
         self.advance(None)
         self.held = self.context  # the record whose keys are in its slot
 
@@ -265,6 +246,24 @@ def serve(talks, search):
         for talk, passages in zip(asking, results):
             talk.advance(passages)
 
+def leave(running, slots):
+    """Conversations that are over leave, and the last row takes the slot of each."""
+    for talk in [talk for talk in running if talk.done]:
+        row, last = running.index(talk), running.pop()
+        if last is not talk:
+            slots.copy(len(running), [row])
+            running[row] = last
+        slots.lengths[len(running)] = 0
+
+def restart(running, slots, draws_BL):
+    """A call on a prompt of its own begins with an empty slot, and with new draws, since its positions start again."""
+    for row, talk in enumerate(running):
+        if talk.held is not talk.context:
+            talk.held, slots.lengths[row] = talk.context, 0
+            if draws_BL is not None:
+                seed = int(draws_BL[talk.number, 0] * 2**53)  # no token is sampled at position 0
+                draws_BL[talk.number].uniform_(generator=torch.Generator(draws_BL.device).manual_seed(seed))
+
 @torch.no_grad()
 def run(policy, conversations, search, max_length, group_size=1, temperature=1.0, generator=None, slots=None):
     """Hold all conversations to their end. Their records have grown afterwards; nothing is returned.
@@ -278,8 +277,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
 
     Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
     rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
-    side changes nothing but last bits: the draw that picks a token belongs to its conversation and position.
-    """
+    side changes nothing but last bits: the draw that picks a token belongs to its conversation and position."""
     if not conversations:
         return
     device = policy.get_output_embeddings().weight.device
@@ -290,8 +288,9 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
         raise Mistake(f"{len(slots.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")
     slots.clear()
     double = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    draw = functools.partial(torch.rand, dtype=double, device=device)
-    draws_BL = draw(len(conversations), max_length, generator=generator) if temperature else None
+    draws_BL = None
+    if temperature:
+        draws_BL = torch.rand(len(conversations), max_length, dtype=double, generator=generator, device=device)
 
     talks = [Talk(b, *conversation) for b, conversation in enumerate(conversations)]
     serve(talks, search)  # those that begin with a search
@@ -318,25 +317,13 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
 
     while queue or running:
         serve(running, search)
-        # A conversation that is over leaves, and the last row takes its slot.
-        for talk in [talk for talk in running if talk.done]:
-            row, last = running.index(talk), running.pop()
-            if last is not talk:
-                slots.copy(len(running), [row])
-                running[row] = last
-            slots.lengths[len(running)] = 0
+        leave(running, slots)
         # Free slots go to the next groups, as long as there is room for a whole one.
         before, new = len(running), []
         while queue and len(running) + group_size <= len(slots.lengths):
             new.append(list(range(len(running), len(running) + group_size)))
             running += queue.popleft()
-        # A call on a prompt of its own begins with an empty slot, and with new draws, since positions start again.
-        for row, talk in enumerate(running):
-            if talk.held is not talk.context:
-                talk.held, slots.lengths[row] = talk.context, 0
-                if temperature:
-                    seed = int(draws_BL[talk.number, 0] * 2**53)  # no token is sampled at position 0
-                    draws_BL[talk.number] = draw(max_length, generator=torch.Generator(device).manual_seed(seed))
+        restart(running, slots, draws_BL)
         # One pass over what the slots do not hold yet: prompts, or a turn's last token and the passages after it.
         fed = [[row] for row in range(before) if not writing(row)]
         if fed + new:
@@ -350,8 +337,6 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
         while rows := [row for row in range(len(running)) if writing(row)]:
             if len(running) - len(rows) >= max(1, len(running) // 4):
                 break
-            blocks = [[]] * len(running)
-            for row in rows:
-                blocks[row] = pending(row)
-            logits_nV = feed(policy, slots, list(range(len(running))), blocks)
+            blocks = [pending(row) if writing(row) else [] for row in range(len(running))]
+            logits_nV = feed(policy, slots, range(len(running)), blocks)
             step(rows, logits_nV[torch.tensor(rows, device=device)])

@@ -38,10 +38,9 @@ import data
 import engine
 from data import Mistake, Parser, fixed_sample, load_checkpoint, load_settings, run_main, task
 from retrieval import Passage, SearchFailed, written_whole
-from searchr1 import (
-    HARMLESS, Rollout, begin, check_format, converse, f1_score, format_passages, make_prompt, normalize_answer,
-    observation_ids, outcome_reward, paint, parts, policy_view, prompt_ids, retrieved_gold, transcript, turn_ended,
-)  # fmt: skip
+from searchr1 import (HARMLESS, Rollout, begin, check_format, converse, f1_score, format_passages, make_prompt,
+    normalize_answer, observation_ids, outcome_reward, paint, parts, policy_view, prompt_ids, retrieved_gold,
+    transcript, turn_ended)  # fmt: skip
 
 # ----- 1. Metrics -----
 
@@ -54,83 +53,61 @@ def scores_of(r, method="search-r1"):
     """What is measured of one Rollout that carries its Question: numbers and truth values by name."""
     gold_answers = r.question.gold_answers
     scores = {
-        "em": outcome_reward(r.answer, gold_answers),
-        "f1": f1_score(r.answer or "", gold_answers),
+        "em": outcome_reward(r.answer, gold_answers), "f1": f1_score(r.answer or "", gold_answers),
         "sub_em": sub_exact_match(r.answer, gold_answers) if r.answer is not None else 0.0,
-        "hit": retrieved_gold(r, gold_answers),
-        "searches": r.num_searches,
-        "turns": len(r.turns),
-        "finished": r.finished,
-        "response_tokens": sum(r.response_mask),
-    }
+        "hit": retrieved_gold(r, gold_answers), "searches": r.num_searches, "turns": len(r.turns),
+        "finished": r.finished, "response_tokens": sum(r.response_mask),
+    }  # fmt: skip
     return scores | ({"valid_format": check_format(policy_view(r))[0]} if method in WITH_FORMAT else {})
 
 def mean_scores(scores, hops):
-    """Scores of questions (dicts that hold at least what scores_of gives) and the questions' hops -> metrics.
-
-    em, f1, sub_em; hit (share for which a gold answer was among the passages found); searches (executed), turns (calls
-    of the model), response_tokens (all that it wrote), each a question; finished (share); valid_format where the method
-    writes Search-R1's format; with hops known also em_1hop, em_2hop, searches_1hop, searches_2hop.
-    """
-
-    def mean(name, of=None):
-        chosen = [s[name] for s, h in zip(scores, hops) if of is None or h == of]
-        return sum(chosen) / len(chosen)
-
+    """Scores of questions (dicts that hold at least what scores_of gives) and the questions' hops -> metrics: em, f1,
+    sub_em; hit (share for which a gold answer was among the passages found); searches (executed), turns (calls of the
+    model), response_tokens (all that it wrote), each a question; finished (share); valid_format where the method writes
+    Search-R1's format; with hops known also em_1hop, em_2hop, searches_1hop, searches_2hop."""
+    mean = lambda name, chosen: sum(s[name] for s in chosen) / len(chosen)
     names = ("em", "f1", "sub_em", "hit", "searches", "turns", "finished", "valid_format", "response_tokens")
-    metrics = {name: mean(name) for name in names if name in scores[0]}
+    metrics = {name: mean(name, scores) for name in names if name in scores[0]}
     for of in sorted(set(hops) - {0}):
-        metrics |= {f"em_{of}hop": mean("em", of), f"searches_{of}hop": mean("searches", of)}
+        chosen = [s for s, h in zip(scores, hops) if h == of]
+        metrics |= {f"em_{of}hop": mean("em", chosen), f"searches_{of}hop": mean("searches", chosen)}
     return metrics
 
 def bootstrap_interval(values, samples=2000, seed=0):
-    """Numbers, one a question -> (low, high): the 95 % interval of their mean, from `samples` draws with
-    replacement."""
+    """Numbers, one a question -> (low, high): the 95 % interval of their mean, from draws with replacement."""
     values_n, rng = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(seed)
     draw = lambda: torch.randint(len(values), (len(values),), generator=rng)
     means = torch.stack([values_n[draw()].mean() for _ in range(samples)])
     return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 # ----- 2. The methods of the paper's Table 2 (Sec. 4) -----
-#
 # A method is a conversation: method(r, tokenizer, settings, ends) is a generator over an empty Rollout r that carries
 # its question. As in searchr1.converse, it yields a str to search; it yields the Rollout that it wants the next token
 # of. At its end r is the record of all calls of the model: what was put before the model has mask False.
 
-DIRECT = (
-    "Answer the given question from what you know. Write the answer and nothing else inside <answer> and </answer>, "
-    "for example <answer> Beijing </answer>. Question: {question}\n"
-)
-COT = (
-    "Answer the given question from what you know. Think step by step inside <think> and </think>. Then write the answer "
-    "and nothing else inside <answer> and </answer>, for example <answer> Beijing </answer>. Question: {question}\n"
-)
-RAG = (
-    "Answer the given question with the help of the given passages, which may or may not be useful. Write the answer and "
-    "nothing else inside <answer> and </answer>, for example <answer> Beijing </answer>. "
-    "Question: {question} Context: {context}\n"
-)
+THE_ANSWER = ("the answer and nothing else inside <answer> and </answer>, for example <answer> Beijing </answer>. "
+              "Question: {question}")  # fmt: skip
+DIRECT = "Answer the given question from what you know. Write " + THE_ANSWER + "\n"
+COT = ("Answer the given question from what you know. Think step by step inside <think> and </think>. "
+       "Then write " + THE_ANSWER + "\n")  # fmt: skip
+RAG = ("Answer the given question with the help of the given passages, which may or may not be useful. "
+       "Write " + THE_ANSWER + " Context: {context}\n")  # fmt: skip
 IRCOT = (
     "Answer the given question step by step with the help of the given passages, which may or may not be useful. Write "
     "one short thought at a time, each inside <think> and </think>; passages about it will be added. Once you know the "
     "answer, end your thought with it like this: So the answer is: Beijing. Question: {question} Context: {context}\n"
 )
-NOTES = (
-    "Read the given passages and write down, inside <answer> and </answer>, what in them helps with the given question, "
-    "as short as you can. If nothing does, write that there is no helpful information. "
-    "Question: {question} Context: {context}\n"
-)
+NOTES = ("Read the given passages and write down, inside <answer> and </answer>, what in them helps with the given "
+         "question, as short as you can. If nothing does, write that there is no helpful information. "
+         "Question: {question} Context: {context}\n")  # fmt: skip
 NO_NOTES = "There is no helpful information."
 SAYS_ANSWER = "So the answer is:"
 PASSAGES = "@@passages@@"  # stands in a prompt where passages will
 
 def reading_ids(question, tokenizer, template, start="", passages=(), budget=500):
     """A question in a template of {question} and {context} -> ids of the prompt, and of `start`, the first words of the
-    model's own message, put into its mouth.
-
-    Passages are encoded on their own, as in a conversation, to at most `budget` ids: what they say stays text, even
-    where it spells a special token.
-    """
+    model's own message, put into its mouth. Passages are encoded on their own, as in a conversation, to at most
+    `budget` ids: what they say stays text, even where it spells a special token."""
     plain = not getattr(tokenizer, "chat_template", None)  # [D13]
     text = make_prompt(question, tokenizer, template=template, context=PASSAGES) + start
     head, _, tail = text.rpartition(PASSAGES) if "{context}" in template else ("", "", text)
@@ -178,10 +155,9 @@ def read_answer(call):
     return call.turns[0].rpartition("<answer>")[2].strip() if call.finished else None  # some models open the tag again
 
 def join(r, calls):
-    """Append all calls of the model to their record r. A call that goes on where the last one ended adds only the
-    rest."""
-    last, start = None, 0
-    for call in calls:
+    """Append all calls of the model to their record r. One that goes on where the last one ended adds only the rest."""
+    start = 0
+    for last, call in zip([None, *calls], calls):
         if last:  # the ids that its prompt has in common with all of the last call
             alike = [a == b for a, b in zip(last.ids, call.ids[: call.prompt_length])] + [False]
             common = alike.index(False)
@@ -191,7 +167,6 @@ def join(r, calls):
         r.response_mask += call.response_mask[start:]
         r.logprobs += call.logprobs[start:]
         r.turns += call.turns
-        last = call
 
 def start(r, tokenizer, settings):
     """Put the official prompt into an empty record."""
@@ -205,8 +180,7 @@ def direct(r, tokenizer, settings, ends):
     r.answer, r.finished, r.found = read_answer(call), call.finished, [None]
 
 def cot(r, tokenizer, settings, ends):
-    """[Wei et al. 2022] Chain of thought: thinking, then the answer. Thinking that does not end is ended by its
-    budget."""
+    """[Wei et al. 2022] Chain of thought: thinking, until its budget ends it, then the answer."""
     prompt = reading_ids(r.question.text, tokenizer, COT, "<think>")
     thought = yield from complete(r, prompt, "</think>", tokenizer, settings, ends)
     calls, r.found = [thought], [None]
@@ -250,10 +224,8 @@ def ircot(r, tokenizer, settings, ends):
 def search_o1(r, tokenizer, settings, ends):
     """[Li et al. 2025] Search-R1's conversation without its training, in which the model never reads a raw passage. For
     each query a call apart reads the passages, and the note that it writes (the paper's Reason-in-Documents) is the one
-    passage that comes back [D16].
-
-    The record: `found` has the raw passages; ids and turns have the notes behind the conversation.
-    """
+    passage that comes back [D16]. In the record `found` has the raw passages; ids and turns have the notes behind the
+    conversation."""
     start(r, tokenizer, settings)
     conversation, notes, raw, answer = converse(r, tokenizer, settings, ends), [], [], None
     while True:
@@ -291,17 +263,10 @@ def r1(r, tokenizer, settings, ends):
     """[DeepSeek-AI 2025] A policy of train.py --no-search: the official prompt without search, one turn."""
     yield from search_r1(r, tokenizer, replace(settings, do_search=False), ends)
 
-METHODS = {  # in the order of the paper's table
-    "direct": direct,
-    "cot": cot,
-    "ircot": ircot,
-    "search-o1": search_o1,
-    "rag": rag,
-    "sft": direct,  # on a checkpoint of train.py --algo sft
-    "r1": r1,
-    "rejection": search_r1,  # on a checkpoint of train.py --algo rejection
-    "search-r1": search_r1,
-}
+METHODS = {  # in the order of the paper's table; sft, rejection: checkpoints of train.py --algo sft, --algo rejection
+    "direct": direct, "cot": cot, "ircot": ircot, "search-o1": search_o1, "rag": rag,
+    "sft": direct, "r1": r1, "rejection": search_r1, "search-r1": search_r1,
+}  # fmt: skip
 WITHOUT_SEARCH = ("direct", "cot", "sft", "r1")  # these need no passages
 WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write is meant to be check_format's language
 
@@ -309,13 +274,10 @@ WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write i
 
 BATCH = 256  # questions that are answered together
 
-def answer(
-    policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None, watch=None
-):
+def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None,
+           watch=None):  # fmt: skip
     """Answer each question by a method of METHODS, all at once -> list of Rollouts in the order of the questions.
-
-    temperature, generator, slots: engine.run;  watch: called with a Rollout whenever it has grown
-    """
+    temperature, generator, slots: engine.run;  watch: called with a Rollout whenever it has grown"""
     ends, conversations = engine.end_ids(policy, tokenizer), []
     for question in questions:
         r = Rollout(question, [], [], [], 0)
@@ -337,9 +299,8 @@ def watched(r, talk, watch):
         finally:
             watch(r)
 
-def evaluate(
-    policy, tokenizer, questions, search, settings, method="search-r1", temperature=0.0, generator=None, slots=None
-):
+def evaluate(policy, tokenizer, questions, search, settings, method="search-r1", temperature=0.0, generator=None,
+             slots=None):  # fmt: skip
     """Answer every Question once -> (metrics as in mean_scores, Rollouts in the order of the questions)."""
     most, rollouts = engine.GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else BATCH, []
     slots = slots or engine.Slots(policy, min(len(questions), most), settings.max_length)
@@ -353,8 +314,7 @@ def evaluate(
 KEPT = 64  # questions that are answered, and then kept, together: what a killed comparison loses at most
 
 def question_sets(specs):
-    """--data -> ({name: list of Questions}, their files); "all" is the seven sets of the paper. A name is what was
-    given."""
+    """--data -> ({name as given: list of Questions}, their files); "all" is the seven sets of the paper."""
     names = dict.fromkeys(name for spec in specs for name in (data.DATASETS if spec == "all" else [spec]))
     files = [file for name in names for file in data.question_files(name, "eval")]
     return {name: data.load_data(name, "eval") for name in names}, files
@@ -362,45 +322,35 @@ def question_sets(specs):
 def kept(path, config):
     """FILE of --json -> (the records of this very comparison that it or FILE.part has, is it complete). A half-written
     last line is dropped. Mistake for a file of another comparison."""
-    part, records = Path(f"{path}.part"), []
+    part, complete = Path(f"{path}.part"), Path(path).exists()
+    if not complete and not part.exists():
+        return [], False
     try:
-        if Path(path).exists():
+        if complete:
             content = json.loads(Path(path).read_text())
-            begun, records, of = content["config"], content["records"], Path(path)
-        elif part.exists():
-            lines = part.read_bytes().split(b"\n")
-            whole = b"\n".join(lines[:-1] + [b""])
-            if whole != part.read_bytes():
-                part.write_bytes(whole)
-            begun, *records = [json.loads(line) for line in lines[:-1]] or [config]
-            of = part
+            begun, records = content["config"], content["records"]
         else:
-            return [], False
+            *lines, half = part.read_bytes().split(b"\n")
+            if half:
+                part.write_bytes(b"".join(line + b"\n" for line in lines))
+            begun, *records = [json.loads(line) for line in lines] or [config]
         different = [name for name in config | begun if begun.get(name) != config.get(name)]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Mistake(f"{path} is there and was not written by this script: give another --json") from None
     for name in different:
         before, now = (json.dumps(c.get(name)) for c in (begun, config))
-        other = f"{of} is of another comparison: {name} was {before}, now {now}"
+        other = f"{path if complete else part} is of another comparison: {name} was {before}, now {now}"
         raise Mistake(f"{other}; give another --json, or remove it")
-    return records, of == Path(path)
+    return records, complete
 
 def make_record(r, tokenizer, method, name, position):
     """One answered question as --json keeps it."""
     return {
-        "method": method,
-        "data": name,
-        "position": position,
-        "id": r.question.id,
-        "question": r.question.text,
-        "golden_answers": list(r.question.gold_answers),
-        "hops": r.question.hops,
-        "answer": r.answer,
-        **scores_of(r, method),
-        "queries": r.searches,
-        "prompt": tokenizer.decode(r.ids[: r.prompt_length]),
+        "method": method, "data": name, "position": position, "id": r.question.id, "question": r.question.text,
+        "golden_answers": list(r.question.gold_answers), "hops": r.question.hops, "answer": r.answer,
+        **scores_of(r, method), "queries": r.searches, "prompt": tokenizer.decode(r.ids[: r.prompt_length]),
         "transcript": transcript(r, tokenizer),
-    }
+    }  # fmt: skip
 
 def answer_all(policy, tokenizer, search, methods, sets, settings, temperature=0.0, records=(), part=None):
     """Every method on every set -> one record a method, set and question, in this order. Questions that have one among
@@ -584,11 +534,8 @@ def write_points(runs, path, curves=CURVES):
 UNSETTLED = re.compile(r"(<[a-z]{0,6}|\ufffd+)\Z")
 
 def live(tokenizer, colour):
-    """-> show(rollout), which prints what is new in it: for rollout()'s `watch`, and once with over=True when it has
-    ended.
-
-    All that it prints is transcript(), in colours if wanted, control characters made visible.
-    """
+    """-> show(rollout), which prints what is new in it: for answer()'s `watch`, and once with over=True at the end. All
+    that it prints is transcript(), in colours if wanted, control characters made visible."""
     done, shown = 0, 0  # parts that stand on the screen in full; characters of the next one
 
     def show(r, over=False):
@@ -635,20 +582,17 @@ def parse(argv):
     parser = Parser(description="Evaluate a checkpoint of Search-R1, talk to it, or draw the curves of runs.")
     add = parser.add_argument
     add("--checkpoint", help="folder of a checkpoint (or a hub id)")
-    methods = f"one or several of {', '.join(METHODS)}; default: what the checkpoint was trained for"
-    add("--method", nargs="+", metavar="METHOD", help=methods)
+    add("--method", nargs="+", metavar="METHOD", help=f"any of {', '.join(METHODS)}; default: what it was trained for")
     sets = "question files (JSON lines: id, question, golden_answers) or names of sets, joined by + into one"
     add("--data", nargs="+", metavar="SET", help=f"{sets}; all: the paper's seven; default: the tiny world's")
-    corpus = "passage file, index DIR, contexts (what came with --data), wiki18, bm25: and any of these, http://..."
-    add("--corpus", help=f"{corpus}; default: what the checkpoint was trained with")
+    add("--corpus", help="passage file, index DIR, contexts, wiki18, bm25:..., http://... (default: as trained)")
     add("--encoder", help="of contexts and wiki18: hashed, or folder or hub id (default: as trained)")
     add("--world-seed", type=int, help="another tiny world than the checkpoint's")
     add("--limit", type=int, default=0, help="a fixed sample of N questions of each set (default: all)")
     add("--top-k", type=int, help="passages a search (default: as trained)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     add("--ask", metavar="QUESTION", help="hold one conversation and watch it, instead")
-    chat = "ask for questions, a conversation each, without memory of the last; ends with an empty line, exit or Ctrl-D"
-    add("--chat", action="store_true", help=chat)
+    add("--chat", action="store_true", help="one conversation a question, until an empty line, exit or Ctrl-D")
     add("--json", metavar="FILE", help="keep metrics and a record a question; the same command goes on after a crash")
     add("--plot", nargs="+", metavar="RUN", help="draw the curves of runs (folders, or CSV files of an earlier --plot)")
     add("--output", default="curves.png", help="the picture of --plot; its points go beside it as CSV")
@@ -701,9 +645,7 @@ def main(argv=None):
     if talking:
         policy, tokenizer, search = load()
         how = search, settings, args.temperature, torch.Generator(policy.device).manual_seed(0)
-        if args.ask:
-            return ask(policy, tokenizer, args.ask, *how)
-        return chat(policy, tokenizer, *how)
+        return ask(policy, tokenizer, args.ask, *how) if args.ask else chat(policy, tokenizer, *how)
     where = ", ".join(sets) or f"tiny world {about['world_seed']}, held out"
     sets = sets or {f"tiny world {about['world_seed']}": data.make_world(about["world_seed"]).test}
     sets = {name: fixed_sample(questions, args.limit) for name, questions in sets.items()}

@@ -16,8 +16,7 @@ their gradient. The gradient of the lm_head's weight, if it is trained, takes 59
     2. statistics of a slice    statistics_twin, statistics_kernel    for the forward pass
     3. gradient of a slice      gradient_twin, gradient_kernel        for the backward pass
     4. the autograd function    RowsToLogprob                         the loop over the slices
-    5. the two entrances        fused_logprob_kl                      takes logits that exist already
-                                fused_linear_logprob_kl               takes hidden states and the lm_head; for training
+    5. the two entrances        fused_logprob_kl takes logits, fused_linear_logprob_kl hidden states and the lm_head
 
 Each Triton kernel has a twin in PyTorch. The twin is the specification, and it is what runs on a CPU. Kernel and twin
 are each tested against float64, not only against each other. cuBLAS does the matrix products; the kernels do the rest.
@@ -43,8 +42,7 @@ IGNORE_INDEX = -100  # a target of -100 marks a masked row, as in torch's cross_
 LOWEST = -1e30  # stands in for -inf, where inf - inf would be NaN: e^{-1e30} is exactly 0, and 0 * -1e30 is 0
 # Columns a program reads at a time, and its warps of 32 threads: 2048 / 128 = 16 numbers in each thread's registers.
 BLOCK, WARPS = 2048, 4
-# Bytes of one slice of fp32 logits. On a GPU: large enough for an efficient matrix product, small beside the model. On
-# a CPU: small enough for the cache.
+# Bytes of a slice of fp32 logits. On a GPU: efficient to multiply, small beside the model. On a CPU: fits the cache.
 SLICE_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
 
 class LogprobKL(NamedTuple):
@@ -224,8 +222,7 @@ def gradient_twin(x_Rc, y_Rc, rows_n, target_n, numbers, out_Rc, first_column, t
     """Write d(loss)/d(logits) of one slice into the active rows of out_Rc.
 
     numbers   fp32 [7, n], what the formula needs of each row: m, ln s, b, g_logp, g_H, my, g_KL
-    out_Rc    any float dtype
-    The other arguments are those of statistics_twin.
+    out_Rc    any float dtype. The other arguments are those of statistics_twin.
     """
     m, log_s, b, g_logp, g_entropy, my, g_kl = numbers
     pick = lambda t_Rc: t_Rc if rows_n is None else t_Rc[rows_n]
@@ -275,11 +272,9 @@ if HAVE_TRITON:
 # ----- 4. The autograd function: a loop over the slices -----
 
 def matmul_fp32(a, b):
-    """a [n, D] @ b [D, c] -> fp32 [n, c]. b is converted to the dtype of a.
-
-    PITFALL: a bf16 result would round the logits, which costs up to 0.03 in a log-probability. A product of two bf16
-    numbers is exact in fp32, so an fp32 result equals that of an fp32 lm_head with the same bf16 weights.
-    """
+    """a [n, D] @ b [D, c] -> fp32 [n, c]. b is converted to the dtype of a. PITFALL: a bf16 result would round the
+    logits, which costs up to 0.03 in a log-probability. A product of two bf16 numbers is exact in fp32, so an fp32
+    result equals that of an fp32 lm_head with the same bf16 weights."""
     with torch.autocast(a.device.type, enabled=False):  # autocast would round inputs or result to bf16 again
         b = b.to(a.dtype)  # fp32 master weights under bf16 hidden states: only a slice is converted at a time
         if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
@@ -304,10 +299,8 @@ def launch(kernel, grid, x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_o
         )  # fmt: skip
 
 class RowsToLogprob(torch.autograd.Function):
-    """The active rows index_n of `rows` -> (logp, entropy, kl, ref_logp), fp32 [n] each.
-
-    `rows` are logits [N, V] and weight is None, or hidden states [N, D] and weight is the lm_head's [V, D].
-    """
+    """The active rows index_n of `rows` -> (logp, entropy, kl, ref_logp), fp32 [n] each. `rows` are logits [N, V] and
+    weight is None, or hidden states [N, D] and weight is the lm_head's [V, D]."""
 
     @staticmethod
     def forward(ctx, rows, weight, ref_rows, ref_weight, index_n, target_n, temperature, chunk, tau, use_triton):
@@ -379,11 +372,8 @@ class RowsToLogprob(torch.autograd.Function):
 # ----- 5. The two entrances -----
 
 def resolve_impl(impl, tensor):
-    """impl str -> True for the kernels, False for the twins.
-
-    "auto" takes the kernels if the tensor is on a GPU and they are compiled for it, otherwise the twins. ValueError for
-    an impl that does not exist or cannot run here.
-    """
+    """impl str -> True for the kernels, False for the twins. "auto" takes the kernels if the tensor is on a GPU and
+    they are compiled for it. ValueError for an impl that does not exist or cannot run here."""
     if impl == "auto":
         return HAVE_TRITON and tensor.is_cuda and not interpreted()
     if impl not in ("triton", "torch"):
@@ -424,9 +414,8 @@ def run(rows, weight, ref_rows, ref_weight, target, mask, temperature, chunk, ta
         rows, ref_rows = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (rows, ref_rows))
         chunk = vocabulary
     chunk = chunk or default_chunk(len(index_n), vocabulary, rows.device.type)
-    outputs = RowsToLogprob.apply(
-        rows, weight, ref_rows, ref_weight, index_n, target_n, temperature, chunk, tau, use_triton
-    )
+    settings = temperature, chunk, tau, use_triton
+    outputs = RowsToLogprob.apply(rows, weight, ref_rows, ref_weight, index_n, target_n, *settings)
     full = (torch.zeros(target.numel(), device=rows.device).index_copy(0, index_n, output) for output in outputs)
     return LogprobKL(*(f.view(target.shape) for f in full))
 
@@ -439,8 +428,7 @@ def fused_logprob_kl(logits, target, mask=None, ref_logits=None, temperature=1.0
     ref_logits   float [..., V] of the frozen reference, or None
     impl         "triton", "torch" or "auto", as in resolve_impl
     Gradients reach `logits` from logp, entropy and kl. ValueError for a temperature <= 0, shapes that do not match, a
-    target outside the vocabulary, or an impl that is unknown or cannot run.
-    """
+    target outside the vocabulary, or an impl that is unknown or cannot run."""
     return run(logits, None, ref_logits, None, target, mask, temperature, None, 0.0, impl)
 
 def fused_linear_logprob_kl(
@@ -456,8 +444,7 @@ def fused_linear_logprob_kl(
                              only what underflowed to 0, and loses nothing. Otherwise the gradient of a row of logits
                              is off by at most |g_logp| * tau * ceil(V / chunk) / T in L1 norm; for entropy and KL
                              this times the largest |ln p + H| or |ln p - ln q - KL| among the skipped columns
-    Target, mask, impl and errors are those of fused_logprob_kl.
-    """
+    Target, mask, impl and errors are those of fused_logprob_kl."""
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden and ref_weight belong together: give both or neither")
     return run(hidden, weight, ref_hidden, ref_weight, target, mask, temperature, chunk, tau, impl)

@@ -5,8 +5,7 @@ left. There are two ways to fit them on one card of 24 GB:
 
     full fine-tuning   policy, frozen reference and critic are three models with all their weights (0.5B on one card)
     LoRA roles [D14]   one frozen base plays all roles; only small adapters are trained (1.5B and 3B on one card):
-                           policy = base + its adapter      reference = base, adapters off
-                           critic = base + a second adapter + a row of values
+                       policy = base + its adapter, reference = base, critic = base + a second adapter + a row of values
 
     1. PRESETS                                         what fits
     2. Adapted, adapt, role, trained, merged_state     adapters, and which role a model plays
@@ -14,16 +13,14 @@ left. There are two ways to fit them on one card of 24 GB:
     4. make_models, recomputed                         all networks of a run; gradient checkpointing
     5. predict_memory                                  what a run will hold, told before it begins
 
-Departure: [D14] P: with --lora-rank policy, reference and critic are one frozen base with adapters. The paper trains
-every weight of the policy and of the critic.
+Departure: [D14] P: with --lora-rank only adapters are trained. The paper trains all weights of policy and critic.
 
 The arithmetic of a 24 GB card (22.3 GiB) for the presets below. Peak: predict_memory, which a run prints before it
 starts. Time: for 1 TB/s of memory, 60 % of it reached in decoding, and 80 Tflop/s (about an RTX 4090), with 80 rollouts
 a step of 1200 ids, 400 of them written by the policy:
     decoding      80 * 400 / slots steps, each (weights + slots * 800 * bytes of a key and value) / 0.6 TB/s
     the rest      96,000 ids * weights * flop: 2 each for reading, old and reference log-probs; 8 for the update (6 with
-                  frozen weights, which need no gradient of their own), the repeated forward pass of gradient
-                  checkpointing included; PPO: 2 more for the values, and the update once more
+                  frozen weights), its repeated forward pass included; PPO: 2 more for the values, and another update
 The encoder of the passages takes 0.3 GiB more. These are predictions; tests/bench_memory.py measures them on a GPU.
 
                   predicted peak, GiB    seconds a step    a whole run
@@ -138,10 +135,8 @@ PRESETS = {
 
 class Adapted(torch.nn.Module):
     """A frozen linear layer and, for each role, a trained change of low rank [LoRA Eq. 3]: y = W x + b + alpha/r B A x.
-
     weight [out, in] and bias are the layer's own, under their old names. A [r, in] is uniform in +-1/sqrt(in), B [out,
-    r] is 0, so that every role begins as the base model. `role` says whose change is on; None: nobody's.
-    """
+    r] is 0, so that every role begins as the base model. `role` says whose change is on; None: nobody's."""
 
     role = "policy"
 
@@ -209,10 +204,8 @@ def adam(parameters, lr, config):
 
     PITFALL: bf16 has 8 significant bits: the next number after 0.02 is 1.2e-4 away. An Adam step at the paper's
     learning rate is 1e-6, which rounds back to where it was, every time: nothing is learned, and no log shows it. So
-    sums are kept in fp32. Gradients of micro-batches are added up in the master, the optimiser moves the master, and
-    the parameter is the master, rounded. It is written in place, since the rollout's CUDA graphs read that very
-    address.
-    """
+    gradients of micro-batches are added up in the fp32 master, the optimiser moves the master, and the parameter is the
+    master, rounded. It is written in place, since the rollout's CUDA graphs read that very address."""
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters.values()]
     copies = [(p, master) for p, master in zip(parameters.values(), masters) if p is not master]
 
@@ -271,11 +264,9 @@ def make_models(policy, config):
     return Models(policy, reference, critic, adam(trained(policy, "policy"), config.lr, config), critic_optimizer)
 
 def recomputed(layer, *args, **kwargs):
-    """forward() of a decoder layer that keeps only its input; the backward pass computes the rest again.
-
-    transformers has this built in for layers in training mode. Ours stay in eval mode, because dropout would make old
-    and new log-probs differ. Without gradients (rollouts, phase 4) it is the plain forward().
-    """
+    """forward() of a decoder layer that keeps only its input; the backward pass computes the rest again. transformers
+    has this built in for layers in training mode. Ours stay in eval mode, because dropout would make old and new
+    log-probs differ. Without gradients (rollouts, phase 4) it is the plain forward()."""
     plain = functools.partial(type(layer).forward, layer)
     if not torch.is_grad_enabled():
         return plain(*args, **kwargs)
@@ -321,15 +312,13 @@ def predict_memory(policy, config):
     kept = layers * (e * D if config.gradient_checkpointing else layer) + D * norm  # the last norm is always kept
     once = layer * config.gradient_checkpointing + e * (3 * I + 2 * D)
     tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: at least one row
-    # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), the
-    # rows in e, their gradient in fp32 and in e. Where the lm_head is trained its gradient, and if tied the
-    # embedding's.
+    # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), rows in
+    # e, their gradient in fp32 and in e. A trained lm_head has a gradient, too, and if tied so has the embedding.
     one_slice = 4 * tokens * default_chunk(tokens, V, device)
     logits = one_slice * (1 + e / 4 if device == "cuda" else 4) + tokens * D * (4 + 3 * e)
     logits += 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings))
 
-    rollouts = config.batch_size * config.group_size
-    slots = config.slots or rollouts
+    slots = config.slots or config.batch_size * config.group_size
     # A block of passages on its way through a layer [engine.feed]: keys and values of its rows, gathered and repeated
     # for all heads (FEED_TOKENS columns), and the MLP's parts (as many ids at most, if all of them are prompts).
     block = e * min(FEED_TOKENS, slots * config.max_length) * (2 * kv + 2 * q + 3 * I + 4 * D)

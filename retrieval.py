@@ -84,19 +84,26 @@ def written_whole(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())  # PITFALL: without it a power cut can leave the new name on an empty file
         os.replace(part, path)
-    except BaseException:
+    finally:
         part.unlink(missing_ok=True)
-        raise
+
+def numbered_lines(path):
+    """Yields every line of a file that is not blank: (its number from 1, its byte offset, its bytes)."""
+    position, size = 0, os.path.getsize(path)
+    with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, delay=2, desc="reading") as bar:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, position, line
+            position += len(line)
+            bar.update(len(line))
 
 # ----- 1. Passages -----
 
 def split_contents(contents):
     """`"Title"\\ntext` -> (title, text). Only one pair of quotes is removed: a title may have quotes of its own."""
-    title, _, text = contents.partition("\n")
-    title = title.strip()
-    if len(title) > 1 and title[0] == title[-1] == '"':
-        title = title[1:-1]
-    return title, text.strip()
+    title, _, text = map(str.strip, contents.partition("\n"))
+    quoted = len(title) > 1 and title[0] == title[-1] == '"'
+    return title[1:-1] if quoted else title, text
 
 def parse_passage(line, where):
     """A line of a corpus (bytes) -> Passage. ValueError, beginning with `where`, if it is no passage."""
@@ -114,23 +121,18 @@ def parse_passage(line, where):
 def scan_passages(path, skip_bad=False):
     """Check every line of a corpus -> (byte offsets of its passages, int64 [N]; number of bad lines skipped).
     ValueError with file and line if a line is no passage or repeats an id, unless skip_bad."""
-    offsets, seen, skipped, position, size = array("q"), set(), 0, 0, os.path.getsize(path)
-    with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, delay=2, desc="reading") as bar:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    where = f"{path} line {number}"
-                    id = parse_passage(line, where).id
-                    if hash(id) in seen:  # 64 bits instead of the string: 21 million ids take less than 2 GB
-                        raise ValueError(f"{where}: id {id!r} appears a second time")
-                    seen.add(hash(id))
-                    offsets.append(position)
-                except ValueError:
-                    if not skip_bad:
-                        raise
-                    skipped += 1
-            position += len(line)
-            bar.update(len(line))
+    offsets, seen, skipped = array("q"), set(), 0
+    for number, position, line in numbered_lines(path):
+        try:
+            id = parse_passage(line, f"{path} line {number}").id
+            if hash(id) in seen:  # 64 bits instead of the string: 21 million ids take less than 2 GB
+                raise ValueError(f"{path} line {number}: id {id!r} appears a second time")
+            seen.add(hash(id))
+            offsets.append(position)
+        except ValueError:
+            if not skip_bad:
+                raise
+            skipped += 1
     if not offsets:
         raise ValueError(f"{path}: no passages in this file")
     return np.frombuffer(offsets, np.int64), skipped
@@ -181,12 +183,9 @@ def words(text):
 
 class HashedEncoder:
     """Text -> unit vector [512] fp32: the sum of its words' sign vectors, each weighted by sqrt(count * idf).
-
     A word's vector is the 512 bits of its BLAKE2b digest as +1 and -1 [random signs: Achlioptas 2003]. Two different
     words are nearly orthogonal (cosine about 1/sqrt(512) = 0.04), and a word has the same vector on every machine.
-    PITFALL: with idf instead of its square root, a rare name outweighs all other words of a passage, and one that only
-    mentions the name can outrank the one about it.
-    """
+    PITFALL: with idf, not its root, a rare name outweighs all else: a passage that only mentions it can come first."""
 
     dim, settings = 512, {"encoder": "hashed"}
 
@@ -225,12 +224,10 @@ class TransformerEncoder:
     def __init__(self, model, pooling=None, query_prefix=None, passage_prefix=None, max_length=256):
         import torch  # here, so that the hashed engine starts without it
         from transformers import AutoModel, AutoTokenizer
-
         preset = next(row for key, row in ENCODERS.items() if key in Path(model).name.lower())
         given = (pooling, query_prefix, passage_prefix)
         self.pooling, self.query_prefix, self.passage_prefix = (p if g is None else g for g, p in zip(given, preset))
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.float16 if self.device == "cuda" else torch.float32
+        self.device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
         try:
             self.model = AutoModel.from_pretrained(model, dtype=dtype).to(self.device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(model)
@@ -243,7 +240,6 @@ class TransformerEncoder:
     def encode(self, texts, batch_size=64):
         """list of S str -> [S, E] fp32 of norm 1. Texts of similar length share a batch: less padding."""
         import torch
-
         out_SE = np.empty((len(texts), self.dim), np.float32)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         options = dict(padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
@@ -267,13 +263,11 @@ class TransformerEncoder:
 
 def plan_index(kind, n, dim):
     """Index for n vectors [dim] -> (FAISS factory string, search settings, predicted bytes in memory and on disk).
-
     Flat      compares the query with every vector: exact. 4 bytes a number.
     HNSW      a graph of near neighbours, 32 links a vector, 64 at the bottom [Malkov, Yashunin 2016]. Fast, largest.
     IVF-SQ8   about 4 sqrt(n) cells, of which a 64th is searched. 1 byte a number; IVF-SQ4: half a byte.
     IVF-PQ    the same cells; 4 numbers become 1 byte, an entry of a codebook [Jegou et al. 2011]. Smallest.
-    Any other kind is a factory string of FAISS; its size is not predicted (None).
-    """
+    Any other kind is a factory string of FAISS; its size is not predicted (None)."""
     cells = max(1, min(2 ** round(math.log2(4 * math.sqrt(n))), n // 39))  # FAISS wants 39 vectors a cell to train on
     probes = {"nprobe": max(min(8, cells), cells // 64)}
     plans = {
@@ -322,10 +316,8 @@ class BM25:
         score(q, p) = sum over words of q   idf(w) * tf / (tf + k1 (1 - b + b |p| / mean |p|))
         idf(w)      = ln(1 + (N - df + 0.5) / (df + 0.5))
 
-    Lucene's formula and Pyserini's parameters (k1 0.9, b 0.4), as in the official BM25 server. The inverted lists are
-    two arrays, rows and weights, sorted by word: word w owns [starts[w], starts[w+1]). A passage takes 8 bytes for each
-    of its different words: 21 million passages take 12 GB.
-    """
+    Lucene's formula and Pyserini's parameters (k1 0.9, b 0.4), as in the official BM25 server. Word w owns the
+    slice [starts[w], starts[w+1]) of the arrays rows and weights. They take 12 GB for 21 million passages."""
 
     def __init__(self, passages=(), k1=0.9, b=0.4, arrays=None):
         if arrays:
@@ -376,19 +368,16 @@ class BM25:
             return BM25(arrays=(vocabulary, saved["starts"], saved["rows"], saved["weights"], int(saved["n"])))
 
 class Reranker:
-    """A ranker: a cross-encoder reorders the best `candidates` of another one. It reads query and passage together, so
-    it judges better than two vectors can, at the price of a forward pass a pair."""
+    """A cross-encoder reads query and passage together and reorders the best `candidates` of another ranker."""
 
     def __init__(self, ranker, passages, model, candidates=10):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
         self.ranker, self.passages, self.candidates = ranker, passages, candidates
         self.model = AutoModelForSequenceClassification.from_pretrained(model).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
 
     def rank(self, queries, k):
         import torch
-
         _, rows_SC = self.ranker.rank(queries, max(k, self.candidates))
         scores_SC = np.full(rows_SC.shape, -np.inf, np.float32)
         options = dict(padding=True, truncation="only_second", max_length=512, return_tensors="pt")
@@ -412,8 +401,7 @@ class SearchEngine:
         self.cache, self.lock = OrderedDict(), threading.Lock()
 
     def search(self, queries, top_k):
-        """list of S str -> S lists of at most top_k Passages, best first. An empty query and one without a known word
-        get an empty list. ValueError if top_k < 1."""
+        """S str -> S lists of at most top_k Passages, best first, [] without a known word. ValueError if top_k < 1."""
         return [[passage for passage, _ in found] for found in self.search_scores(queries, top_k)]
 
     def search_scores(self, queries, top_k):
@@ -422,15 +410,13 @@ class SearchEngine:
             raise ValueError(f"top_k={top_k}: must be at least 1")
         k = min(top_k, len(self.passages))
         with self.lock:
-            new = [q for q in dict.fromkeys(queries) if (q, k) not in self.cache and q.strip()]
-            found = {q: self.cache[q, k] for q in queries if (q, k) in self.cache}
+            found = {q: self.cache.pop((q, k)) for q in dict.fromkeys(queries) if (q, k) in self.cache}
+            new = [q for q in dict.fromkeys(queries) if q not in found and q.strip()]
             if new:
                 for q, scores_K, rows_K in zip(new, *self.ranker.rank(new, k)):
                     # PITFALL: FAISS gives row -1 where it finds fewer than k, and passages[-1] is the last of a list.
                     found[q] = [(int(row), float(score)) for row, score in zip(rows_K, scores_K) if row >= 0]
-            for q in found:
-                self.cache[q, k] = found[q]
-                self.cache.move_to_end((q, k))
+            self.cache.update({(q, k): rows for q, rows in found.items()})  # at the end: the oldest go first
             while len(self.cache) > self.cache_size:
                 self.cache.popitem(last=False)
         return [[(self.passages[row], score) for row, score in found.get(q, [])] for q in queries]
@@ -466,11 +452,9 @@ def make_encoder(settings, passages, weight_file):
     return encoder
 
 def build(corpus, output, settings, index="Flat", skip_bad=False, block=2048):
-    """Corpus file -> folder `output` with manifest.json, offsets.npy and index.faiss (or bm25.npz).
-
-    The folder is made as output.partial and renamed at the end. Run again with the same arguments, it continues where
-    it was killed. ValueError if output exists, or if output.partial has embeddings made with other arguments.
-    """
+    """Corpus file -> folder `output` with manifest.json, offsets.npy and index.faiss (or bm25.npz). It is made as
+    output.partial and renamed at the end. Run again with the same arguments, build continues where it was killed.
+    ValueError if output exists, or if output.partial has embeddings made with other arguments."""
     corpus, output = Path(corpus).absolute(), Path(output)
     work = output.with_name(output.name + ".partial")
     if output.exists():
@@ -509,9 +493,8 @@ def make_folder(work, corpus, settings, index, skip_bad, block):
         encoder = make_encoder(settings, passages, work / "words.json")
         factory, search, size = plan_index(index, n, encoder.dim)
         predicted = "size unknown" if size is None else f"about {size / 1e9:.3g} GB on disk and in memory"
-        scratch = f"until it is made, embeddings of {4e-9 * n * encoder.dim:.3g} GB on disk"
         print(f"{n:,} passages x {encoder.dim}, encoded with {encoder.settings}")
-        print(f"index {factory} {search or ''}: {predicted}; {scratch}")
+        print(f"index {factory} {search or ''}: {predicted}; until then, {4e-9 * n * encoder.dim:.3g} GB of embeddings")
         done_file, shape = work / "done.json", (n, encoder.dim)
         done = json.loads(done_file.read_text()) if done_file.exists() else 0  # rows that are safe on disk
         vectors_NE = np.lib.format.open_memmap(work / "embeddings.npy", "r+" if done else "w+", np.float32, shape)
@@ -530,7 +513,7 @@ def make_folder(work, corpus, settings, index, skip_bad, block):
         json.dump(manifest, file)
 
 def load_engine(folder, bm25=False):
-    """Folder made by build -> SearchEngine. bm25: rank by words whatever the index is; the first call makes bm25.npz.
+    """Folder made by build -> SearchEngine. bm25: rank by words, whatever the index is (the first call makes bm25.npz).
     ValueError with the reason if index, passages and encoder do not belong together."""
     folder = Path(folder)
     if not (folder / "manifest.json").exists():
@@ -577,11 +560,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse("a Content-Length is needed", 411)
         if int(length) > MAX_BODY:
             return self.refuse(f"the body is over {MAX_BODY} bytes", 413)
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            return self.refuse("the body is shorter than its Content-Length")
         try:
-            request = json.loads(body)
+            request = json.loads(self.rfile.read(int(length)))  # a body that is cut short is no JSON, either
         except (ValueError, RecursionError):
             return self.refuse("the body is not JSON")
         if not isinstance(request, dict):
@@ -687,8 +667,6 @@ def engine_from(where):
         return load_engine(place, bm25=by_words)
     passages = load_passages(place)
     return SearchEngine(passages, BM25(passages)) if by_words else build_index(passages)
-
-# ----- python retrieval.py build | query | serve -----
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Build, ask and serve a search engine over passages.")

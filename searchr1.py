@@ -81,11 +81,9 @@ NO_SEARCH_TEMPLATE = (
 )
 
 def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts):
-    """question str -> prompt str: the official template, as one user message if the tokenizer has a chat template.
-
-    Base models go through the chat template, too, as in the official code; without it a 3B base model loses about eight
-    points. template: another one, with {question} and whatever `parts` fill (the baselines of eval.py).
-    """
+    """question str -> prompt str: the official template, as one user message if the tokenizer has a chat template. Base
+    models go through the chat template, too, as in the official code; without it a 3B base model loses about eight
+    points. template: another one, with {question} and whatever `parts` fill (the baselines of eval.py)."""
     question = question.strip()
     if not question.endswith("?"):
         question += "?"
@@ -106,10 +104,8 @@ ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 STOP_TAGS = ("</search>", "</answer>")
 
 def parse_action(text):
-    """The text of one turn -> Action. The first complete tag pair wins; without one the turn is invalid.
-
-    An empty `<search></search>` is a search for "", as in the official code.
-    """
+    """The text of one turn -> Action. The first complete tag pair wins; without one the turn is invalid. An empty
+    `<search></search>` is a search for "", as in the official code."""
     match = ACTION.search(text)
     return Action(match.group(1), match.group(2).strip()) if match else Action("invalid", "")
 
@@ -130,8 +126,7 @@ INVALID_ACTION = (
 INVALID_MESSAGES = {"paper": RETHINK, "official": INVALID_ACTION}
 
 # ----- 3. The conversation (Algorithm 1) -----
-#
-# The paper's algorithm. Its lines are numbered here for the tags `l. n` in `converse`:
+# The paper's algorithm, its lines numbered for the tags `l. n` in `converse`:
 #    1  y <- empty, b <- 0
 #    2  while b < budget:
 #    3      y_b <- empty
@@ -185,10 +180,8 @@ class Rollout:
 
 def converse(r, tokenizer, settings, ends=None):
     """[Algorithm 1] Hold the conversation of Rollout r, which holds its prompt. A generator: it yields what it wants.
-
     None is a wish for the next token and is answered with (token, log-prob). A str is a query, answered with passages.
-    ends: ids that end a sequence; None: the tokenizer's. Who drives it: `rollout`, the demonstration below, a test.
-    """
+    ends: ids that end a sequence; None: the tokenizer's. Who drives it: `rollout`, the demonstration below, a test."""
     ends = ends or {tokenizer.eos_token_id}
     max_turns = settings.max_turns if settings.do_search else 0
     for b in range(max_turns + 1):  # l. 2, and one more turn that cannot search
@@ -222,19 +215,15 @@ def converse(r, tokenizer, settings, ends=None):
 
 def turn_ended(ids, start, limit, tokenizer, ends, stop_tags=STOP_TAGS):
     """[Alg. 1 l. 4] Does the last of `ids` end the turn that began at `start`: a stop tag, end of sequence [D4], limit?
-
-    The tag is looked for in the decoded end of THIS turn. The token that completes it stays whole, overhang included.
-    """
+    The tag is looked for in the decoded end of THIS turn. The token that completes it stays, overhang included."""
     can_close = ids[-1] in engine.closing_ids(tokenizer, stop_tags)
     tail = tokenizer.decode(ids[max(start, len(ids) - 16) :]) if can_close else ""
     return ids[-1] in ends or len(ids) >= limit or any(tag in tail for tag in stop_tags)
 
 def observation_ids(tokenizer, text, budget, closing=""):
-    """Text that the environment injects -> at most `budget` ids. Its end is cut if it is too long, `closing` never [D6].
-
+    """Text that the environment injects -> at most `budget` ids. A long text loses its end, never `closing` [D6].
     It is encoded apart from what the policy wrote, so that training sees the ids that sampling saw. Special tokens that
-    are spelled out in a passage stay plain text: a hostile `<|im_end|>` must not become one.
-    """
+    are spelled out in a passage stay plain text: a hostile `<|im_end|>` must not become one."""
     encode = lambda part: tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     text = text if len(text) < 50 * budget else text[: 50 * budget] + closing  # a passage of a million characters
     ids = encode(text)
@@ -264,12 +253,9 @@ def rollout(policy, tokenizer, questions, search, settings, group_size=1, temper
     policy       causal LM of transformers, or anything with base_model, get_output_embeddings and dtype
     questions    Question records or plain str
     search       (list[str], top_k) -> list[list[Passage]]
-    temperature  0 is greedy;  generator: torch.Generator on the policy's device;  slots, and the errors: engine.run
-    """
-    rollouts = []
-    for question in questions:
-        ids = prompt_ids(question, tokenizer, settings)
-        rollouts += [begin(question, ids, settings) for _ in range(group_size)]
+    temperature  0 is greedy;  generator: torch.Generator on the policy's device;  slots, and the errors: engine.run"""
+    prompts = [(question, prompt_ids(question, tokenizer, settings)) for question in questions]
+    rollouts = [begin(question, ids, settings) for question, ids in prompts for _ in range(group_size)]
     ends = engine.end_ids(policy, tokenizer)
     conversations = [(r, converse(r, tokenizer, settings, ends)) for r in rollouts]
     find = lambda queries: search(queries, settings.top_k)
@@ -333,11 +319,9 @@ class Batch:
 
 def collate(rollouts, device="cpu", mask_retrieved=True):
     """list of B Rollouts -> Batch. Here, once, L positions become T = L-1 predictions: token t+1 is scored at t.
-
     mask_retrieved False is the paper's ablation [Table 4]: retrieved tokens are trained like the policy's own. Padding
     is id 0, whatever that is: it stands to the right, where causal attention never looks, and it is masked. PITFALL: a
-    mask derived from `id != pad` would lose genuine tokens wherever pad = eos.
-    """
+    mask derived from `id != pad` would lose genuine tokens wherever pad = eos."""
 
     def padded(rows, dtype):
         rows = [torch.tensor(row, dtype=dtype) for row in rows]
@@ -352,30 +336,22 @@ def collate(rollouts, device="cpu", mask_retrieved=True):
     )
 
 def head_inputs(policy, ids_BL):
-    """What the lm_head is asked about a batch: hidden states [B, T, D] of the positions before the last, its weight [V,
-    D], and the next tokens [B, T]. The one place where predictions and tokens are shifted against each other."""
-    # Only the body of the model: policy(ids).logits would be the wall of logits that kernels.py is there to avoid. No
-    # attention mask is needed, since rows are right-padded and attention is causal.
+    """ids [B, L] -> hidden states [B, T, D] of all positions but the last, the lm_head's weight [V, D], and the next
+    tokens [B, T], which it scores. Only the body of the model runs: policy(ids).logits would be the wall of logits that
+    kernels.py avoids. Rows are right-padded and attention is causal, so no attention mask is needed."""
     hidden_BLD = policy.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
     return hidden_BLD[:, :-1], policy.get_output_embeddings().weight, ids_BL[:, 1:]
 
 def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0, ref_hidden_BTD=None, ref_weight_VD=None):
     """log pi(y_t | x, y_<t; R) of each token, and what else one pass over the vocabulary gives -> kernels.LogprobKL:
     logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; all fp32 [B, T], 0 where the mask is False.
-
     The lm_head runs over masked-in positions only. Policy, old policy and reference all come through here. The last two
-    numbers need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0.
-    """
-    hidden_BTD, weight_VD, target_BT = head_inputs(policy, ids_BL)
-    return fused_linear_logprob_kl(
-        hidden_BTD, weight_VD, target_BT, mask_BT, ref_hidden_BTD, ref_weight_VD, temperature=temperature
-    )
+    numbers need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0."""
+    return fused_linear_logprob_kl(*head_inputs(policy, ids_BL), mask_BT, ref_hidden_BTD, ref_weight_VD, temperature)
 
 class Critic(torch.nn.Module):
     """V(s_t) for PPO: a copy of the policy's body, as in the official code, and one linear row that starts at 0.
-
-    body: share this one instead of making a copy. The row is always fp32: after 0.5 the next bf16 number is 0.504.
-    """
+    body: share this one instead of making a copy. The row is always fp32: after 0.5 the next bf16 number is 0.504."""
 
     def __init__(self, policy, body=None):
         super().__init__()
@@ -420,8 +396,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        return_t = A_t + V_t
     t+1 is the next token that the policy writes. Masked positions are skipped, since passages are part of the
-    environment's step [D2]; they get 0. After the last token there is no value to bootstrap from.
-    """
+    environment's step [D2]; they get 0. After the last token there is no value to bootstrap from."""
     advantages = torch.zeros_like(values)
     next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -444,10 +419,8 @@ def whiten(x, mask):
 
 def group_advantages(rewards, group_size, normalize_std=True):
     """[GRPO, DeepSeekMath Sec. 4.1.2] (r - mean) / (std + 1e-6) within each group of consecutive rewards; [B] -> [B].
-
     std is unbiased (G - 1), as in the official code. A group of one has no baseline: its advantage is its reward, as in
-    the paper's Table 8 with group size 1. ValueError if B is no multiple of group_size.
-    """
+    the paper's Table 8 with group size 1. ValueError if B is no multiple of group_size."""
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
     rewards_QG = rewards.float().view(-1, group_size)
@@ -482,16 +455,12 @@ def value_loss(values, old_values, returns, mask, clip=0.5):
 
 # Which tag may follow which; between two pairs only white space, inside a pair any text.
 FORMAT_STATES = {
-    "start": {"<think>": "in_think"},
-    "in_think": {"</think>": "after_think"},
+    "start": {"<think>": "in_think"}, "in_think": {"</think>": "after_think"},
     "after_think": {"<search>": "in_search", "<answer>": "in_answer"},
-    "in_search": {"</search>": "after_search"},
-    "after_search": {"<information>": "in_information"},
-    "in_information": {"</information>": "information"},
-    "information": {"<think>": "in_think"},
-    "in_answer": {"</answer>": "end"},
-    "end": {},
-}
+    "in_search": {"</search>": "after_search"}, "after_search": {"<information>": "in_information"},
+    "in_information": {"</information>": "information"}, "information": {"<think>": "in_think"},
+    "in_answer": {"</answer>": "end"}, "end": {},
+}  # fmt: skip
 
 def check_format(response):
     """Response str -> (bool, why not). Think, search, information, think, ..., answer, and nothing after that."""
@@ -508,18 +477,12 @@ def check_format(response):
 def policy_view(rollout):
     """The response with every block of passages emptied. The format is checked on this, so that a passage that was cut
     or holds tags can neither spoil nor forge the policy's format."""
-    return "".join(
-        text + ("" if passages is None else "<information></information>")
-        for text, passages in zip(rollout.turns, rollout.found)
-    )
+    blocks = ["" if passages is None else "<information></information>" for passages in rollout.found]
+    return "".join(text + block for text, block in zip(rollout.turns, blocks))
 
 def format_reward(rollout, gold_answers, structure=0.2, final=0.1, retrieval=0.0):
-    """The shaped reward of the second paper, in [0, 1], with the values of the official v0.3 scripts.
-
-    right answer:  1 in good format, 1 - structure otherwise
-    wrong or none: `structure` (+ retrieval if a gold answer was among the passages) in good format, else `final` if
-                   there is an answer, else 0
-    """
+    """The shaped reward of the second paper, in [0, 1], with the values of the official v0.3 scripts: `structure` is
+    what good format is worth, `final` any answer, `retrieval` a gold answer among the passages (in good format)."""
     valid, _ = check_format(policy_view(rollout))
     if outcome_reward(rollout.answer, gold_answers):
         return 1.0 if valid else 1.0 - structure
@@ -543,10 +506,8 @@ HARMLESS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x
 
 def parts(rollout, tokenizer):
     """The response in runs of one mask value -> list of (text, True where the policy wrote it, range of its positions).
-
     Earlier parts never change while a rollout grows. A tokenizer of words leaves out the space between two parts; it is
-    put back at the beginning of the second one.
-    """
+    put back at the beginning of the second one."""
     found, before = [], ""
     response = range(rollout.prompt_length, len(rollout.ids))
     for own, run in itertools.groupby(response, rollout.response_mask.__getitem__):
@@ -599,9 +560,7 @@ class ByteTokenizer:
 
 def play(r, talk, turns, search):
     """Drive a conversation by hand -> r. The policy "writes" `turns`, one list of ids a turn, and search(query) finds.
-
-    A turn that runs out of ids goes on with 256. Tests prove the claims of Algorithm 1 with this, without a model.
-    """
+    A turn that runs out of ids goes on with 256. Tests prove the claims of Algorithm 1 with this, without a model."""
     scripts, answer = [iter(ids) for ids in turns], None
     while True:
         try:

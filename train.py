@@ -1,7 +1,7 @@
 """Training: the outer loop of Search-R1, with PPO, GRPO or REINFORCE, on one GPU or none.
 
-With no flags a tiny language model learns to search in a tiny world (data.py), in a few minutes on two CPU cores; the
-last line it prints ends "as expected." With --model, --train-data and --corpus the same loop trains a real model:
+Without flags a tiny language model learns to search in a tiny world (data.py), in a few minutes on two CPU cores; its
+last line ends "as expected." With --model, --train-data and --corpus the same loop trains a real model:
 
     1 questions    2 rollouts [Alg. 1]    3 rewards [Eq. 4]    4 log-probs of the reference, values of the critic
     5 advantages [Eq. 2: GAE, Eq. 3: group]    6 update [Eq. 2, Eq. 3]    7 log    8 evaluate and save
@@ -42,15 +42,12 @@ import data
 from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main
 from engine import Slots
 from eval import direct_ids, evaluate, plot_runs, read_runs
-from models import (
-    PRESETS, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak, role, size, trained,
-)  # fmt: skip
+from models import (PRESETS, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak, role,
+    size, trained)  # fmt: skip
 from retrieval import SearchFailed
-from searchr1 import (
-    HARMLESS, INVALID_MESSAGES, Rollout, Settings, collate, format_reward, gae, group_advantages, head_inputs, kl_k1,
-    kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout, token_logprobs, token_mean, transcript, value_loss,
-    whiten,
-)  # fmt: skip
+from searchr1 import (HARMLESS, INVALID_MESSAGES, Rollout, Settings, collate, format_reward, gae, group_advantages,
+    head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout, token_logprobs, token_mean,
+    transcript, value_loss, whiten)  # fmt: skip
 
 # ----- 1. Configuration: one field a flag -----
 
@@ -107,7 +104,6 @@ class Config:
     max_length: int = flag(256, "tokens of prompt and conversation together; the paper: 4096")
     top_k: int = flag(3, "passages a search; the paper: 3")
     invalid_message: str = flag("paper", "told to an invalid turn: paper (Algorithm 1) or official (the longer text)")
-
     no_search: bool = flag(False, "the paper's R1: no search engine")
     no_mask: bool = flag(False, "the paper's ablation: train on retrieved tokens, too")
     shuffle_rewards: bool = flag(False, "a control: rewards dealt out at random within the batch")
@@ -198,11 +194,10 @@ def train(config, policy, task, bytes_before=0):
                 end_early(step, gone, out, bar)
     log(out, None, sample_record(config.steps, answers[-1], task.tokenizer))
 
-# ----- 3. Phases 2 and 3: gold examples, rewards -----
+# ----- 3. Phases 2 to 5: gold examples, rewards, log-probs and values, advantages without a critic -----
 
 def gold_examples(questions, tokenizer):
-    """[SFT] Rollouts that nobody rolled out: the prompt of direct inference, and the gold answer as if the policy had
-    written it."""
+    """[SFT] Questions -> Rollouts as if the policy had answered the prompt of direct inference with the gold answer."""
     rollouts = []
     for question in questions:
         ids, gold = direct_ids(question.text, tokenizer), question.gold_answers[0]
@@ -216,26 +211,20 @@ def gold_examples(questions, tokenizer):
 def rewards(rollouts, config, rng):
     """Phase 3 [Eq. 4]: (rewards [B], exact match [B]), both fp32 on the CPU."""
     em_B = torch.tensor([outcome_reward(r.answer, r.question.gold_answers) for r in rollouts])
-    rewards_B = em_B
-    if config.reward == "format":
-        rewards_B = torch.tensor([format_reward(r, r.question.gold_answers) for r in rollouts])
+    shaped = config.reward == "format"
+    rewards_B = torch.tensor([format_reward(r, r.question.gold_answers) for r in rollouts]) if shaped else em_B
     if config.shuffle_rewards:
         rewards_B = rewards_B[torch.tensor(rng.sample(range(len(rewards_B)), len(rewards_B)))]
     return rewards_B, em_B
 
-# ----- 4. Phase 4: log-probs and values under frozen networks -----
-
 def micro_batches(batch, index, budget):
-    """Row numbers `index` -> pieces of at most `budget` padded tokens (at least one row), rows of like length
-    together."""
-    lengths = batch.lengths_B.tolist()
-    piece, pieces = [], []
+    """Row numbers `index` -> pieces of at most `budget` padded tokens (at least one row), like lengths together."""
+    lengths, pieces = batch.lengths_B.tolist(), []
     for i in sorted(index, key=lambda i: -lengths[i]):
-        if piece and (len(piece) + 1) * lengths[piece[0]] > budget:
-            pieces.append(piece)
-            piece = []
-        piece.append(i)
-    return pieces + [piece] if piece else pieces
+        if not pieces or (len(pieces[-1]) + 1) * lengths[pieces[-1][0]] > budget:
+            pieces.append([])
+        pieces[-1].append(i)
+    return pieces
 
 @torch.no_grad()
 def in_micro_batches(values_of, batch, config):
@@ -259,18 +248,14 @@ def token_rewards(models, batch, rewards_B, config):
     if config.kl_in == "reward":  # [Eq. 1]  r - beta log(pi / pi_ref): k1, token by token, under the old policy
         with role(models.reference, None):
             batch.ref_logprobs_BT = logprobs_under(models.reference, batch, config)
-        penalty_BT = kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT)  # 0 where masked
-        token_rewards_BT = token_rewards_BT - config.kl_coef * penalty_BT
+        token_rewards_BT -= config.kl_coef * kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT)  # masked: 0
     if models.critic:
         with role(models.critic, "critic"):
             batch.values_BT = in_micro_batches(lambda part: models.critic(part.ids_BL), batch, config)
     return token_rewards_BT
 
-# ----- 5. Phase 5: advantages without a critic -----
-
 def outcome_advantages(batch, scores_B, config):
-    """One number a rollout, given to all of its tokens -> the Batch to train on, rows with advantage 0 left out
-    [D10]."""
+    """One score a rollout, for all of its tokens -> the Batch to train on, without rows of advantage 0 [D10]."""
     if config.algo in FINE_TUNING:  # what was right is imitated, the rest is thrown away
         advantages_B = scores_B
     elif config.algo == "grpo":  # [Eq. 3] the group's mean is the baseline, its spread the unit
@@ -281,14 +266,12 @@ def outcome_advantages(batch, scores_B, config):
     kept = advantages_B.nonzero()[:, 0]
     return batch.rows(kept) if len(kept) else batch
 
-# ----- 6. Phase 6: the update -----
+# ----- 4. Phase 6: the update -----
 
 def update(models, batch, step, config, rng):
     """Phase 6: one pass over the batch in config.minibatches optimiser steps -> metrics averaged over them.
-
     Micro-batches only bound memory. Each one's token mean is weighted by its share of the minibatch's tokens, so that
-    the accumulated gradient is the gradient of the whole minibatch's token mean.
-    """
+    the accumulated gradient is the gradient of the whole minibatch's token mean."""
     if config.algo in FINE_TUNING and not batch.advantages_BT.any():
         return {}  # nothing is right, so there is nothing to imitate
     policy_loss_of = fine_tuning_loss if config.algo in FINE_TUNING else reinforcement_loss
@@ -297,8 +280,7 @@ def update(models, batch, step, config, rng):
     warmups = {"policy": (config.lr, config.warmup_steps), "critic": (config.critic_lr, config.critic_lr_warmup_steps)}
     rows = list(range(len(batch.ids_BL)))
     rng.shuffle(rows)
-    count = min(config.minibatches, len(rows))
-    sums = Counter()
+    count, sums = min(config.minibatches, len(rows)), Counter()
     for m in range(count):
         index = rows[m::count]
         tokens = batch.mask_BT[torch.tensor(index)].sum()  # the denominator, known before micro-batching
@@ -327,8 +309,7 @@ def update(models, batch, step, config, rng):
     return dict(sums)
 
 def reinforcement_loss(models, part, config):
-    """[Eq. 2, Eq. 3] The clipped surrogate, the KL penalty if it stands in the loss, the entropy bonus -> loss,
-    metrics."""
+    """[Eq. 2, Eq. 3] Clipped surrogate, KL penalty if it stands in the loss, entropy bonus -> (loss, metrics)."""
     new, kl_metrics = new_logprobs(models, part, config)
     surrogate, clipped = policy_loss(new.logp, part.old_logprobs_BT, part.advantages_BT, part.mask_BT, config.clip_eps)
     entropy = token_mean(new.entropy, part.mask_BT)
@@ -338,27 +319,23 @@ def reinforcement_loss(models, part, config):
     return loss, kl_metrics | {"entropy": entropy, "clip_ratio": clipped, "policy_loss": surrogate}
 
 def fine_tuning_loss(models, part, config):
-    """[Sec. 4] What the baselines imitate: - log pi(y_t | x, y_<t), token mean -> loss, metrics."""
+    """[Sec. 4] What the baselines imitate: - log pi(y_t | x, y_<t), token mean -> (loss, metrics)."""
     new, kl_metrics = new_logprobs(models, part, config)
     loss = -token_mean(new.logp, part.mask_BT)
     return loss, kl_metrics | {"entropy": token_mean(new.entropy, part.mask_BT), "policy_loss": loss}
 
 def new_logprobs(models, part, config):
     """Log-probs and entropy under the policy as it is now, and its KL to the reference -> (LogprobKL, {name: number}).
-
-    The kernel makes one pass over the vocabulary for policy and reference together. It gives the exact KL of each
-    position beside k3, which knows the sampled token only. With the KL in the reward, part has the reference's log-probs.
-    """
+    With the KL in the reward, part has the reference's log-probs. Otherwise one pass of the kernel over the vocabulary
+    serves policy and reference, and also gives the exact KL of each position; k3 knows the sampled token only."""
     reference = ()
     if config.kl_in == "loss":
         with torch.no_grad(), role(models.reference, None):
             reference = head_inputs(models.reference, part.ids_BL)[:2]
     new = token_logprobs(models.policy, part.ids_BL, part.mask_BT, config.temperature, *reference)
     ref_logprobs_BT = new.ref_logp if reference else part.ref_logprobs_BT
-    kl_metrics = {"kl": token_mean(kl_k3(new.logp, ref_logprobs_BT), part.mask_BT)}
-    if reference:
-        kl_metrics["kl_exact"] = token_mean(new.kl, part.mask_BT)
-    return new, kl_metrics
+    kl = token_mean(kl_k3(new.logp, ref_logprobs_BT), part.mask_BT)
+    return new, {"kl": kl} | ({"kl_exact": token_mean(new.kl, part.mask_BT)} if reference else {})
 
 def learning_rate_factor(step, warmup_steps, config):
     """Linear warm-up [D11]; with lr_decay constant to half-way, then linear to a tenth at the last step."""
@@ -366,7 +343,7 @@ def learning_rate_factor(step, warmup_steps, config):
     late = max(0.0, (step / config.steps - 0.5) / 0.5)
     return warm * (1 - 0.9 * late if config.lr_decay else 1.0)
 
-# ----- 7. Phases 7 and 8: logging, evaluating, saving, ending -----
+# ----- 5. Phases 7 and 8: logging, evaluating, saving, ending -----
 
 def measure(rollouts, rewards_B, em_B, losses, seconds, config):
     """The metrics of a step. Counts are means over all B rollouts; kl, entropy, clip_ratio over trained tokens."""
@@ -377,24 +354,19 @@ def measure(rollouts, rewards_B, em_B, losses, seconds, config):
     equal_Q = rewards_B.view(-1, config.group_size).std(1, correction=0) == 0
     own, response = [sum(r.response_mask) for r in rollouts], [len(r.ids) - r.prompt_length for r in rollouts]
     return {
-        "reward/mean": rewards_B.mean().item(),
-        "reward/std": rewards_B.std(correction=0).item(),
-        "reward/em": em_B.mean().item(),
-        "frac_reward_zero_std": equal_Q.float().mean().item(),
-        **{f"reward/em_{hops}hop": sum(ems) / len(ems) for hops, ems in em_of.items()},
-        **losses,
-        "response_length/mean": mean(response),
-        "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
+        "reward/mean": rewards_B.mean().item(), "reward/std": rewards_B.std(correction=0).item(),
+        "reward/em": em_B.mean().item(), "frac_reward_zero_std": equal_Q.float().mean().item(),
+        **{f"reward/em_{hops}hop": sum(ems) / len(ems) for hops, ems in em_of.items()}, **losses,
+        "response_length/mean": mean(response), "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
         "env/number_of_valid_search": mean([r.num_searches for r in rollouts]),
-        "env/finish_ratio": mean([r.finished for r in rollouts]),
-        "state_tokens/coverage": sum(own) / sum(response),
+        "env/finish_ratio": mean([r.finished for r in rollouts]), "state_tokens/coverage": sum(own) / sum(response),
         **{f"timing_s/{phase}": value for phase, value in seconds.items()},
         "tokens_per_s": sum(len(r.ids) for r in rollouts) / sum(seconds.values()),
-    }
+    }  # fmt: skip
 
 def evaluation(step, policy, task, slots, config):
-    """Greedy on the held-out sample -> (metrics, rollouts, None), or ({}, [], error) if the search engine or memory failed.
+    """Greedy on the held-out sample -> (metrics, rollouts, None), or ({}, [], error) if search engine or memory failed.
     In the tiny world the first and the last evaluation also sample, on held-out and on training questions."""
     began, how = time.perf_counter(), (task.search, config.settings, config.method)
     try:
@@ -405,7 +377,7 @@ def evaluation(step, policy, task, slots, config):
                 generator = torch.Generator(policy.device).manual_seed(step)
                 for name, questions in (("eval", task.held_out), ("train", task.train_sample)):
                     sampled, _ = evaluate(policy, task.tokenizer, questions, *how, config.temperature, generator, slots)
-                    metrics |= {f"{name}/sampled_{key}": value for key, value in sampled.items() if key.startswith("em")}
+                    metrics |= {f"{name}/sampled_{key}": sampled[key] for key in sampled if key.startswith("em")}
     except (SearchFailed, Mistake) as error:
         return {}, [], error
     return metrics | {"timing_s/eval": time.perf_counter() - began}, rollouts, None
@@ -478,13 +450,11 @@ def save_checkpoint(step, models, tokenizer, config):
     unfinished.rename(out / f"checkpoint-{step}")
 
 def saved_whole(name, models):
-    """Are the folder's weights what is trained, bit for bit? Those of a full fp32 policy are; merged or rounded ones
-    not."""
+    """Does the folder hold what is trained bit for bit? Only of a full fp32 policy; others are merged or rounded."""
     return name == "policy" and models.policy.dtype == torch.float32 and models.reference is not models.policy
 
 def restore(models, config):
-    """Load the newest checkpoint of a run -> its step. The logs are cut back to it: what came after will be done
-    again."""
+    """Load the newest checkpoint of a run -> its step. Cut the logs back to it: what came after is done again."""
     out = Path(config.output_dir)
     newest = max(out.glob("checkpoint-*/trainer_state.pt"), key=lambda file: int(file.parent.name.split("-")[1]))
     state = torch.load(newest, map_location="cpu", weights_only=True)  # a second copy might not fit on the card
@@ -503,8 +473,8 @@ def restore(models, config):
 
 @contextlib.contextmanager
 def stop_at_step_end():
-    """Yields a list that is empty until the first Ctrl-C (or SIGTERM): the step in progress is finished and saved. The
-    second one ends the run at once."""
+    """Yield a list that is empty until the first Ctrl-C (or SIGTERM), after which the step in progress is finished and
+    saved. The second one ends the run at once."""
     stop = []
 
     def ask(number, frame):
@@ -529,8 +499,7 @@ REMEDIES = {
 
 @contextlib.contextmanager
 def ending(doing, config):
-    """Turn a shortage of memory in here into the one line shown to the user; doing[-1] is what the run was at. Other
-    errors stay what they are."""
+    """Turn a shortage of memory in here, and no other error, into one line; doing[-1] is what the run was at."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -552,20 +521,18 @@ def rescue(step, models, task, config):
     except (SearchFailed, Mistake) as error:
         if step == 1:
             raise type(error)(f"{error}; no step was done") from None
-        kept, new = f"saved after step {step - 1}", not (out / f"checkpoint-{step - 1}").exists()
-        if new:
+        kept = f"saved after step {step - 1}"
+        if not (out / f"checkpoint-{step - 1}").exists():
             save_checkpoint(step - 1, models, task.tokenizer, config)
-        if new and models.updates > updates:  # undoing them would need a copy of all that is trained, at every step
-            half = f"{models.updates - updates} of the {config.minibatches} updates of step {step}"
-            kept += f" with {half} (which is done anew: not quite the uninterrupted run)"
+            if models.updates > updates:  # undoing them would need a copy of all that is trained, at every step
+                half = f"{models.updates - updates} of the {config.minibatches} updates of step {step}"
+                kept += f" with {half} (which is done anew: not quite the uninterrupted run)"
         raise type(error)(f"{error}; {kept}, continue with: python train.py --resume {out}") from None
 
-# ----- 8. What is trained on what -----
+# ----- 6. What a policy is trained on -----
 
 @dataclass
 class Task:
-    """What a policy is trained on."""
-
     tokenizer: object
     search: object  # (queries, top_k) -> lists of Passages
     draw: object  # step -> list of Q Questions
@@ -591,8 +558,7 @@ def load_real(config, device):
         count = min(100, max(1, len(questions) // 10))
         questions, held_out = questions[:-count], questions[-count:]
     if len(questions) < config.batch_size:
-        left = f"{config.train_data} leaves {len(questions)} questions to train on"
-        raise Mistake(f"{left} and --batch-size is {config.batch_size}")
+        raise Mistake(f"{config.train_data} leaves {len(questions)} questions, and --batch-size is {config.batch_size}")
 
     @functools.lru_cache(maxsize=2)
     def order(epoch):  # each epoch has its own
@@ -629,17 +595,15 @@ def load_tiny(config, device, format_steps=data.BaseConfig.policy_steps):
     samples = fixed_sample(world.train, config.eval_limit), fixed_sample(held_out, config.eval_limit)
     return policy, Task(tokenizer, engine.search, draw, *samples)
 
-# ----- 9. The command line -----
+# ----- 7. The command line -----
 
 CHOICES = {
     "preset": tuple(dict.fromkeys(name.split("/")[0] for name in PRESETS)),
     "algo": ("ppo", "grpo", "reinforce", *FINE_TUNING), "kl_in": ("reward", "loss"), "kl": ("k3", "exact"),
     "reward": ("em", "format"), "dtype": ("auto", "bf16", "fp32"), "invalid_message": tuple(INVALID_MESSAGES),
 }  # fmt: skip
-POSITIVE = (
-    "steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm temperature "
-    "max_new_tokens max_obs_length max_length top_k eval_every"
-).split()
+POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
+            "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
 NOT_NEGATIVE = "max_turns kl_coef warmup_steps critic_lr_warmup_steps lora_rank slots weight_decay".split()
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
 RESUME_MAY_CHANGE = {"steps", "save_every", "slots", "micro_batch_tokens", "gradient_checkpointing"}
@@ -648,10 +612,8 @@ FORMER = {"retriever": "exact", "format_steps": 480, "two_hop_share": 0.8, "two_
 
 def parse_flags(argv):
     """Command line -> {name: value} of the flags that were given."""
-    description = "Train a language model to search, from the reward of its final answer alone."
-    parser = Parser(allow_abbrev=False, description=description)
+    parser = Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
     for f in fields(Config):
-        name = "--" + f.name.replace("_", "-")
         how = {"default": None, "help": f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")}
         if f.name == "resume":
             how |= {"nargs": "?", "const": "auto"}
@@ -659,7 +621,7 @@ def parse_flags(argv):
             how |= {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
         else:
             how |= {"type": type(f.default), "choices": CHOICES.get(f.name)}
-        parser.add_argument(name, **how)
+        parser.add_argument("--" + f.name.replace("_", "-"), **how)
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 def parse_config(given):
@@ -674,11 +636,10 @@ def parse_config(given):
         taken = [int(d.name[4:]) for d in Path("outputs").glob("run-*") if d.name[4:].isdigit()]
         config.output_dir = f"outputs/run-{max(taken, default=0) + 1}"
     if (Path(config.output_dir) / "metrics.jsonl").exists():
-        holds = f"--output-dir {config.output_dir} holds a run already"
-        raise Mistake(f"{holds}: --resume {config.output_dir} continues it, another folder starts anew")
+        raise Mistake(f"--output-dir {config.output_dir} holds a run already: --resume it, or take another folder")
     return config
 
-def check_config(config):
+def check_config(c):
     """Mistake, with the flag and the remedy, for values that cannot work."""
 
     def refuse(wrong, message):
@@ -686,13 +647,13 @@ def check_config(config):
             raise Mistake(message)
 
     for name in (*POSITIVE, *NOT_NEGATIVE):
-        given, value = f"--{name.replace('_', '-')} {getattr(config, name)}", getattr(config, name)
+        value = getattr(c, name)
+        given = f"--{name.replace('_', '-')} {value}"
         refuse(name in POSITIVE and not value > 0, f"{given}: must be above 0")
         refuse(not value >= 0, f"{given}: cannot be negative")
-    c, together = config, "--train-data and --corpus belong together: questions, and the passages that answer them"
     refuse(not 0 <= c.adam_beta2 < 1, f"--adam-beta2 {c.adam_beta2}: must be at least 0 and below 1")
     refuse(c.model and not c.train_data, "--model needs --train-data and --corpus, say hotpotqa and contexts")
-    refuse(bool(c.train_data) != bool(c.corpus), together)
+    refuse(bool(c.train_data) != bool(c.corpus), "--train-data and --corpus belong together: questions and passages")
     refuse(c.preset == "real" and not c.model, "--preset real needs --model, --train-data and --corpus")
     refuse(c.train_data and not c.model, "--train-data needs --model: the tiny one knows its own words only")
     refuse(c.eval_data and not c.train_data, "--eval-data needs --train-data: the tiny world has held-out questions")
@@ -714,11 +675,10 @@ def resumed_config(given):
     saved = asdict(Config()) | saved  # a flag may be younger than the run
     for name in set(given) - {"resume", "output_dir"} - RESUME_MAY_CHANGE:
         if given[name] != saved[name]:
-            was = f"--{name.replace('_', '-')} {saved[name]}"
-            raise Mistake(f"--resume continues a run as it was, with {was}; {given[name]} cannot replace it on the way")
+            raise Mistake(f"--resume goes on with --{name.replace('_', '-')} {saved[name]}, not with {given[name]}")
     return Config(**(saved | given | {"resume": folder, "output_dir": folder}))
 
-# ----- 10. What came out -----
+# ----- 8. What came out -----
 
 def describe(metrics):
     """An evaluation's metrics -> one line."""
@@ -729,8 +689,7 @@ def describe(metrics):
     sampled = f"{pair('eval/sampled_em')} sampled, {metrics['eval/sampled_em']:.3f} sampled in all"
     return f"held-out EM, one hop / two hops: {pair('eval/em')} greedy, {sampled}; searches {pair('eval/searches')}"
 
-# Nineteen of the twenty runs of LOG.md, 7 and 19, ended above these (PPO at seed 2 did not); a lower end is worth a
-# look.
+# Nineteen of the twenty runs of LOG.md, 7 and 19, ended above these (PPO at seed 2 did not); look into a lower end.
 EXPECTED = {"eval/em_1hop": 0.95, "eval/em_2hop": 0.90}
 
 def report(config):
@@ -751,12 +710,12 @@ def report(config):
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in spent.items()) + f"; all in {out}")
     plain = config.preset == "tiny" and config.method == "search-r1" and not (config.no_mask or config.shuffle_rewards)
     if plain and config.steps >= PRESETS[f"tiny/{config.algo}"].get("steps", Config.steps):
-        low = [name for name, bar in EXPECTED.items() if last[name] < bar]
-        missed = ", ".join(f"{name} {last[name]:.2f} (expected {EXPECTED[name]:.2f} or more)" for name in low)
+        low = [f"{name} {last[name]:.2f} (expected {EXPECTED[name]:.2f} or more)" for name in EXPECTED
+               if last[name] < EXPECTED[name]]  # fmt: skip
         searches = f"{last['eval/searches_1hop']:.2f} / {last['eval/searches_2hop']:.2f}"
         right = f"{last['eval/em_1hop']:.0%} / {last['eval/em_2hop']:.0%}"
         now = f"It now searches {searches} times for one-hop / two-hop questions and is right in {right}"
-        print(now + (f", BELOW what is expected: {missed}." if missed else ", as expected."))
+        print(now + (f", BELOW what is expected: {', '.join(low)}." if low else ", as expected."))
 
 def main(argv=None):
     config = parse_config(sys.argv[1:] if argv is None else argv)

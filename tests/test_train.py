@@ -401,6 +401,7 @@ def test_rejection_sampling_imitates_the_base_models_right_rollouts(small_base, 
 
 # ----- Whole runs in the tiny world -----
 
+
 def test_the_same_seed_gives_the_same_metrics_twice(small_base):
     """Claim: two runs of one command log the same numbers (but for times), another seed others; something was learned.
     Fails if: train() hands rollout() None for its generator.
