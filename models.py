@@ -317,6 +317,7 @@ def predict_memory(policy, config):
     one_slice = 4 * tokens * default_chunk(tokens, V, device)
     logits = one_slice * (1 + e / 4 if device == "cuda" else 4) + tokens * D * (4 + 3 * e)
     logits += 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings))
+    logits += tokens * D * e * (config.kl_in == "loss")  # the reference's hidden states
 
     slots = config.slots or config.batch_size * config.group_size
     # A block of passages on its way through a layer [engine.feed]: keys and values of its rows, gathered and repeated

@@ -36,7 +36,7 @@ def pytest_configure(config):
 
 
 def shaped(kind, tied=True, dtype=torch.float32, vocabulary=100, loud=(), seed=0, **values):
-    """A random two-layer model in the shape of a family: Qwen2, Qwen3, Llama. Rows `loud` of its lm_head are tripled."""
+    """A random two-layer model in the shape of a family: Qwen2, Qwen3, Llama. Rows `loud` of its head are tripled."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.3, "tie_word_embeddings": tied}
@@ -49,12 +49,12 @@ def shaped(kind, tied=True, dtype=torch.float32, vocabulary=100, loud=(), seed=0
 
 
 def random_model(tokenizer, seed=0, loud=(), layers=2):
-    """A random Qwen3 over the tokenizer's vocabulary. The tokens `loud` are written three times as readily, so that a model
-    that has learned nothing still opens and closes tags now and then."""
+    """A random Qwen3 over the tokenizer's vocabulary. The rows of the tokens `loud` are tripled, so that a model that
+    has learned nothing still opens and closes tags now and then."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": None}
-    rows = [tokenizer.convert_tokens_to_ids(token) for token in loud]
-    return shaped("Qwen3", False, vocabulary=len(tokenizer), loud=rows, seed=seed, eos_token_id=tokenizer.eos_token_id, **sizes)
+    sizes |= {"vocabulary": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    return shaped("Qwen3", False, loud=[tokenizer.convert_tokens_to_ids(token) for token in loud], seed=seed, **sizes)
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +167,8 @@ class ScriptedPolicy(torch.nn.Module):
 def a_batch(tokenizer, model, group_size=4):
     """Two questions x group_size rollouts of a random model as a Batch, with advantages from made-up rewards, reference
     log-probs and values -> (Batch, rewards [B])."""
-    questions = [searchr1.Question("0", text, ("x",)) for text in ("who is kinake?", "what is the city where kinake was born?")]
+    texts = "who is kinake?", "what is the city where kinake was born?"
+    questions = [searchr1.Question("0", text, ("x",)) for text in texts]
     settings = searchr1.Settings(3, 12, 40, 200, invalid_message="paper")
     find, generator = lambda queries, k: [PASSAGES[:1]] * len(queries), torch.Generator().manual_seed(3)
     batch = searchr1.collate(searchr1.rollout(model, tokenizer, questions, find, settings, group_size, 1.0, generator))

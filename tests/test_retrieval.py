@@ -200,7 +200,7 @@ def test_passages_stay_on_disk_and_are_read_by_row(corpus):
 
 def test_skip_bad_leaves_out_bad_lines_and_counts_them(corpus, tmp_path, capsys):
     """Claim: with skip_bad, four kinds of bad lines are left out and counted. The other passages stay the same.
-    Fails if: scan_passages keeps the offset of a bad line, or does not advance `position` over it.
+    Fails if: scan_passages keeps the offset of a bad line, or numbered_lines does not count the bytes of one.
     """
     lines = corpus.read_bytes().splitlines(keepends=True)
     bad = [b"{broken\n", b'{"id": "1", "contents": "T\\nagain"}\n', b"\xff\n", b'{"id": "n"}\n']
@@ -250,8 +250,8 @@ def test_a_gz_that_is_a_tar_archive_gives_its_first_file(corpus, tmp_path):
 
 @pytest.mark.parametrize("mode, old, new", [("w", "älter", "neü"), ("wb", b"old\xff", b"new\xff")])
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, mode, old, new):
-    """Claim: until the block ends, and if it ends in an exception, the file keeps what it had and nothing unfinished stays. Text
-    is UTF-8 whatever the locale.
+    """Claim: until the block ends, and if it ends in an exception, the file keeps what it had and no part of it stays.
+    Text is UTF-8 whatever the locale.
     Fails if: written_whole opens `path` and not `part`, replaces after an exception, or does not unlink the part.
     """
     file, content = tmp_path / "file", lambda value: value if mode == "wb" else value.encode("utf-8")

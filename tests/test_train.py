@@ -290,10 +290,9 @@ def test_the_critic_warms_up_by_its_own_steps(tokenizer, model):
 
 
 def kl_by_enumeration(policy, reference, batch):
-    """float64: (k3 of the sampled tokens, exact KL of the whole distributions), each the mean over the policy's tokens."""
-    p, q = (
-        torch.log_softmax(m(input_ids=batch.ids_BL).logits[:, :-1].double(), -1)[batch.mask_BT] for m in (policy, reference)
-    )
+    """float64: (k3 of the sampled tokens, exact KL of the distributions), each the mean over the policy's tokens."""
+    scores = lambda model: model(input_ids=batch.ids_BL).logits[:, :-1].double()[batch.mask_BT]
+    p, q = (torch.log_softmax(scores(model), -1) for model in (policy, reference))
     tokens = batch.ids_BL[:, 1:][batch.mask_BT][:, None]
     r = (q - p).gather(-1, tokens)[:, 0]
     return (torch.exp(r) - r - 1).clamp(max=10).mean(), (p.exp() * (p - q)).sum(-1).mean()
@@ -302,8 +301,8 @@ def kl_by_enumeration(policy, reference, batch):
 @pytest.mark.paper
 @pytest.mark.parametrize("rank", [0, 3])
 def test_one_pass_of_the_kernel_gives_k3_and_the_exact_kl_to_the_reference(tokenizer, model, rank):
-    """Claim: in GRPO's update `kl` is the mean k3 and `kl_exact` the mean of sum p (ln p - ln q) over the vocabulary, for two
-    models and for adapters on one base, whose reference is the base.
+    """Claim: in GRPO's update `kl` is the mean k3 and `kl_exact` the mean of sum p (ln p - ln q) over the vocabulary,
+    for two models and for adapters on one base, whose reference is the base.
     Fails if: new_logprobs runs the reference without `role(models.reference, None)`, or takes part.ref_logprobs_BT.
     """
     batch, _ = a_batch(tokenizer, model)
@@ -324,8 +323,8 @@ def test_one_pass_of_the_kernel_gives_k3_and_the_exact_kl_to_the_reference(token
 @pytest.mark.paper
 @pytest.mark.parametrize("kl", ["k3", "exact"])
 def test_the_kl_in_the_loss_has_the_gradient_of_its_definition(tokenizer, model, kl):
-    """Claim: without advantages, the gradient of the loss at beta 1 is that of k3, or with --kl exact that of the exact KL, in
-    float64, with a PLUS.
+    """Claim: without advantages, the gradient of the loss at beta 1 is that of k3, or with --kl exact that of the exact
+    KL, in float64, with a PLUS.
     Fails if: reinforcement_loss takes kl_metrics["kl"] whatever config.kl is, or subtracts it.
     """
     batch, _ = a_batch(tokenizer, model)
