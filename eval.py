@@ -403,11 +403,12 @@ def compare(args, methods, sets, settings, about, load):
     records, complete = kept(args.json, config)
     file, part = Path(args.json), Path(f"{args.json}.part")
     if not complete:
+        loaded = load()  # first: a mistake in the flags leaves no file behind
         with open(part, "a") as lines:
             if not lines.tell():
                 lines.write(json.dumps(config) + "\n")
             try:
-                records = answer_all(*load(), *how, records, lines)
+                records = answer_all(*loaded, *how, records, lines)
             except SearchFailed as error:
                 raise Mistake(f"{error}; what was answered is in {part}, and the same command goes on") from None
         metrics, intervals = summary(records)
@@ -515,7 +516,7 @@ def plot_runs(runs, path, curves=CURVES):
     for axis in axes.flat[len(curves) :]:
         axis.remove()
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), columns + 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

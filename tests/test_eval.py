@@ -571,6 +571,18 @@ def test_a_full_disk_costs_no_answer(files, asked, monkeypatch):
     assert asked == [] and len(json.loads(Path("b.json").read_text())["records"]) == 4
 
 
+def test_a_mistake_before_the_first_answer_leaves_no_file(files):
+    """Claim: where nothing could be answered, no FILE.part is left behind, and the corrected command is not refused.
+    Fails if: compare opens FILE.part before load() has given policy, tokenizer and search.
+    """
+    flags = files + "--method rag --limit 1 --json b.json".split()
+    with pytest.raises(Mistake, match="cannot read gone.jsonl"):
+        evaluation.main(flags + ["--corpus", "gone.jsonl"])
+    assert not list(Path().glob("b.json*"))
+    evaluation.main(flags)
+    assert Path("b.json").exists()
+
+
 def test_who_does_not_search_needs_no_corpus(files, asked, capsys):
     """Claim: direct inference, chain of thought, SFT and R1 answer a question file without passages. A method that
     searches asks for them, in one line.
@@ -922,7 +934,10 @@ def test_a_chat_ends_as_asked_and_remembers_nothing(short_prompt, monkeypatch, c
         raise line
 
     monkeypatch.setattr("builtins.input", typed)
-    evaluation.chat(policy, tokenizer, search, settings)
+    try:
+        evaluation.chat(policy, tokenizer, search, settings)
+    except KeyboardInterrupt:  # would end pytest
+        pytest.fail("Ctrl-C was not caught")
     printed = capsys.readouterr().out
     assert prompts == ["question> "] * 4 and printed.count("raise --max-length") == 1
     assert printed.count("<answer>b</answer>\n0 searches, answer: 'b'") == 2
