@@ -184,3 +184,16 @@ def metrics(folder):
     """metrics.jsonl of a run, without what a clock measured."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("timing") and k != "tokens_per_s"} for line in lines]
+
+
+@pytest.fixture()
+def here(tmp_path, monkeypatch):
+    """An empty working directory; here(path, records) writes JSON lines into it."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(path, *records):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("".join(json.dumps(r) + "\n" for r in records))
+        return Path(path)
+
+    return write

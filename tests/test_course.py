@@ -494,18 +494,6 @@ def test_a_page_that_cannot_be_is_one_line_before_a_model_is_loaded(trained, mon
 # ----- The export -----
 
 
-@pytest.fixture()
-def here(tmp_path, monkeypatch):
-    """An empty working directory; here(path, records) writes JSON lines into it."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(path, *records):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text("".join(json.dumps(r) + "\n" for r in records))
-
-    return write
-
-
 def record(question, *answers):
     return {"id": "test_0", "question": question, "golden_answers": list(answers)}
 

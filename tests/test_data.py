@@ -264,19 +264,6 @@ def test_a_world_can_be_looked_at(monkeypatch, capsys):
 # ----- Real questions -----
 
 
-@pytest.fixture()
-def here(tmp_path, monkeypatch):
-    """An empty working directory; here(path, records) writes JSON lines into it."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(path, *records):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text("".join(json.dumps(r) + "\n" for r in records))
-        return Path(path)
-
-    return write
-
-
 def record(question="Who?", **metadata):
     return {"id": "test_0", "question": question, "golden_answers": ["Ada"], "metadata": metadata}
 
