@@ -2,30 +2,24 @@
 
 The paper trains Qwen2.5 on NQ (mostly one hop) and HotpotQA (two hops) against 21 million Wikipedia passages. The tiny
 world has the same shape, at a size that two CPU cores learn in minutes: invented people, cities, companies and
-countries, one passage for each fact, one-hop and two-hop questions. Training and test questions share no entity, so
-learning the former by heart does not help with the latter. One index holds all passages.
+countries, one passage a fact, one-hop and two-hop questions. Training and test questions share no entity.
 
 A transformer of 0.4 M parameters stands in for Qwen, made here from random weights in about a minute. It learns exactly
-two things: to READ (name the answer, given passages and a question) and the FORMAT (the tags, as written by a poor
-policy that draws its searches and its answers at random). No episode is picked because its answer is right, and none
-comes from the world of the reinforcement learning. What to ask, when to ask again, which passage to believe: that must
-come from the reward.
+two things: to READ (name the answer, given passages and a question) and the FORMAT (the tags, from a poor policy that
+searches and answers at random). No episode is picked because its answer is right, and none comes from the world of the
+reinforcement learning. What to ask, when to ask again, which passage to believe: that must come from the reward.
 
-    1. the tiny world                    make_world, draw_questions, oracle_exact_match, make_tokenizer
+    1. the tiny world                    make_world, draw_questions, make_tokenizer; course/world.py prints one
     2. its base model                    reading_episode, poor_episodes: what it is shown; base_model
     3. real questions and passages       load_data, fixed_sample; resolve_corpus
     4. checkpoints, a user's mistakes    load_checkpoint, load_settings, task; run_main
-
-    python data.py [--world-seed 0]      prints a world and what its base model is shown (two seconds)
 """
 
 import argparse
-import ast
 import hashlib
 import json
 import random
 import re
-import shutil
 import sys
 import tempfile
 from collections import namedtuple
@@ -34,7 +28,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import HTTPError
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tqdm import tqdm
@@ -62,15 +55,14 @@ def _verb(name, subject, object, verb, noun="place", preposition="in"):
     facts = f"{{x}} {verb} {preposition} {{y}}.", f"{{y}} is the {object} where {{x}} {verb}."
     return Relation(name, subject, object, nouns, facts)
 
-RELATIONS = [
+RELATION = {r.name: r for r in (
     _verb("born", "person", "city", "was born"), _verb("lives", "person", "city", "lives"),
     _verb("works", "person", "company", "works", "company", "for"), _noun("teacher", "person", "person"),
     _noun("country", "city", "country"), _noun("mayor", "city", "person"), _noun("port", "city", "city"),
     _verb("based", "company", "city", "is based"), _noun("founder", "company", "person"),
     _noun("supplier", "company", "company"), _noun("capital", "country", "city"),
     _noun("leader", "country", "person"), _noun("protector", "country", "country"),
-]  # fmt: skip
-RELATION = {r.name: r for r in RELATIONS}
+)}  # fmt: skip
 
 # Each part of a world takes PART entities from these pools. A name is one token and belongs to one entity.
 POOL = {"person": 320, "city": 110, "company": 110, "country": 70}
@@ -79,19 +71,17 @@ ENDING = {"person": "", "city": "ton", "company": "corp", "country": "land"}
 OPENERS = {kind: (f"{'who' if kind == 'person' else 'what'} is {{np}}?", "can you name {np}?") for kind in POOL}
 
 def _names():
-    """The pools of names, the same in every world. A stem has two or three syllables and is used once."""
+    """Name -> kind, the same in every world. A stem has two or three syllables and is used once."""
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    rng, seen, pools = random.Random("names"), set(), {kind: [] for kind in POOL}
+    rng, kind_of = random.Random("names"), {}  # stem -> kind
     for kind, size in POOL.items():
-        while len(pools[kind]) < size:
-            stem = "".join(rng.sample(syllables, 3 if kind == "person" else 2))
-            if stem not in seen:
-                seen.add(stem)
-                pools[kind].append(stem + ENDING[kind])
-    return pools
+        wanted = len(kind_of) + size
+        while len(kind_of) < wanted:
+            kind_of.setdefault("".join(rng.sample(syllables, 3 if kind == "person" else 2)), kind)
+    return {stem + ENDING[kind]: kind for stem, kind in kind_of.items()}
 
-NAMES = _names()
-KIND_OF = {name: kind for kind, names in NAMES.items() for name in names}
+KIND_OF = _names()
+NAMES = {kind: [name for name in KIND_OF if KIND_OF[name] == kind] for kind in POOL}
 
 # facts: (relation's name, subject) -> object; train and test: the Questions of the first and of the last part.
 World = namedtuple("World", "passages facts train test")
@@ -105,7 +95,7 @@ def make_world(seed, parts=2):
     for part in range(parts):
         members = {kind: pools[kind][part * n : (part + 1) * n] for kind, n in PART.items()}
         own = {}
-        for relation in RELATIONS:
+        for relation in RELATION.values():
             for subject in members[relation.subject]:
                 object = own[relation.name, subject] = rng.choice([e for e in members[relation.object] if e != subject])
                 text = rng.choice(relation.facts).format(x=subject, y=object)
@@ -118,19 +108,16 @@ def make_world(seed, parts=2):
 def _questions(facts, rng, part):
     """Every fact as a one-hop question and every chain of two facts as a two-hop question, in random wordings."""
     questions = []
-
-    def add(noun_phrase, answer, path):
-        text = rng.choice(OPENERS[KIND_OF[answer]]).format(np=noun_phrase)
-        questions.append(Question(f"{part}-{len(questions)}", text, (answer,), path))
-
     for (name, subject), object in facts.items():
-        first = RELATION[name]
-        add(rng.choice(first.nouns).format(x=subject), object, (subject, name))
-        for second in RELATIONS:
-            # A chain that leads back to where it started could be answered by copying from the question.
-            if second.subject == first.object and facts[second.name, object] != subject:
-                noun_phrase = rng.choice(second.nouns).format(x=rng.choice(first.nouns).format(x=subject))
-                add(noun_phrase, facts[second.name, object], (subject, name, second.name))
+        paths = {(name,): object}
+        paths |= {(name, then): facts[then, object] for then in RELATION if RELATION[then].subject == KIND_OF[object]}
+        for path, answer in paths.items():
+            if answer != subject:  # a chain that leads back could be answered by copying from the question
+                phrase = "{x}"
+                for relation in reversed(path):  # "the mayor of {x}", "the mayor of the city where {x} lives"
+                    phrase = phrase.format(x=rng.choice(RELATION[relation].nouns))
+                text = rng.choice(OPENERS[KIND_OF[answer]]).format(np=phrase.format(x=subject))
+                questions.append(Question(f"{part}-{len(questions)}", text, (answer,), (subject, *path)))
     return questions
 
 def two_hop_share(step):
@@ -146,20 +133,6 @@ def draw_questions(questions, count, two_hop_share, rng):
         by_type.setdefault(question.path[1:], []).append(question)
     types = {hops: sorted(t for t in by_type if len(t) == hops) for hops in (1, 2)}
     return [rng.choice(by_type[rng.choice(types[2 if rng.random() < two_hop_share else 1])]) for _ in range(count)]
-
-def oracle_exact_match(world, questions, search, top_k):
-    """Exact match of a policy that always asks "entity relation" of the right entity and reads without error. This is
-    the ceiling that the engine sets: below 1.00, no training could reach the top. Measure it before training."""
-    steps = []  # of all questions: (number of the question, query, the sentences that state the fact)
-    for i, q in enumerate(questions):
-        entity = q.path[0]
-        for relation in q.path[1:]:
-            query, answer = f"{entity} {relation}", world.facts[relation, entity]
-            steps.append((i, query, {form.format(x=entity, y=answer) for form in RELATION[relation].facts}))
-            entity = answer
-    found = search([query for _, query, _ in steps], top_k)
-    missed = {i for (i, _, sentences), passages in zip(steps, found) if not sentences & {p.text for p in passages}}
-    return (len(questions) - len(missed)) / len(questions)
 
 TAGS = [f"<{slash}{tag}>" for tag in ("question", "think", "search", "information", "answer") for slash in ("", "/")]
 THOUGHTS = ["i need to search", "not sure", "now i know", ""]
@@ -179,8 +152,8 @@ def make_tokenizer():
     lower-cases and splits off punctuation. The head `Doc 1(Title: "...")` of a passage becomes the one word `doc`,
     since a passage of this world always names what it is about; the colon of a note ("born: luguton") becomes `is`.
     PITFALL: next to a Qwen3Config, AutoTokenizer loads it back. Next to a Qwen2Config, it silently makes another."""
-    templates = [t for r in RELATIONS for t in r.nouns + r.facts] + [o for pair in OPENERS.values() for o in pair]
-    texts = [re.sub(r"{\w+}", "", text) for text in templates + THOUGHTS + [RETHINK.lower()]]
+    groups = [r.nouns + r.facts for r in RELATION.values()] + [*OPENERS.values(), THOUGHTS, [RETHINK.lower()]]
+    texts = [re.sub(r"{\w+}", "", text) for group in groups for text in group]
     words = sorted({"doc"} | {word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
     vocabulary = ["<eos>", "<unk>", *words, *KIND_OF]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -198,7 +171,7 @@ def reading_episode(world, facts, count, rng):
     """`count` passages, then for each of them a question and its answer, in random order. Half of the other passages
     share the first one's entity, a third its relation: to read is to tell these apart."""
     relation, subject = rng.choice(facts)
-    same = [r.name for r in RELATIONS if r.subject == KIND_OF[subject]]
+    same = [r.name for r in RELATION.values() if r.subject == KIND_OF[subject]]
     chosen = {(relation, subject)}
     while len(chosen) < count:
         luck = rng.random()
@@ -301,16 +274,9 @@ def train_base_model(config):
         bos_token_id=None, eos_token_id=0, pad_token_id=0,
     ))  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
-
-    def rate(step):  # linear warm-up over 40 steps; in the second phase a cosine to zero
-        decay = max(0.0, (step - config.reading_steps) / config.policy_steps)
-        return min(1.0, (step + 1) / 40) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * decay))))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     answer_tags = torch.tensor(tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"]))
     level, accuracy = 1, 0.0  # passages of a reading episode; running share of right answers at this level
-    bar = tqdm(range(config.reading_steps + config.policy_steps), desc="base model")
-    for step in bar:
+    for step in tqdm(range(config.reading_steps + config.policy_steps), desc="base model"):
         if step % 40 == 0:
             world = make_world(f"warm-up {config.seed} {step}", parts=1)
             facts = sorted(world.facts)
@@ -325,20 +291,22 @@ def train_base_model(config):
         ids_BL, weights_BL = _batch(tokenizer, batch, config.context_weight)
         logits_BTV = model(input_ids=ids_BL).logits[:, :-1]
         targets_BT, weights_BT = ids_BL[:, 1:], weights_BL[:, 1:]
-        losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
         loss = (losses.view_as(weights_BT) * weights_BT).sum() / weights_BT.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # The learning rate: linear warm-up over 40 steps; in the second phase a cosine to zero.
+        decay = max(0.0, (step - config.reading_steps) / config.policy_steps)
+        rate = min(1.0, (step + 1) / 40) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * decay))))
+        optimizer.param_groups[0]["lr"] = config.lr * rate
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+        optimizer.zero_grad()
         if reading:
             names_BT = (weights_BT == 1.0) & ~torch.isin(targets_BT, answer_tags)
             right = (logits_BTV.argmax(-1) == targets_BT)[names_BT].float().mean().item()
             accuracy += 0.2 * (right - accuracy)
             if accuracy > 0.8 and level < 3:
                 level, accuracy = level + 1, 0.0
-        bar.set_postfix_str(f"loss {loss.item():.2f}, reading {accuracy:.2f} of {level} passages", refresh=False)
     return model.eval(), tokenizer
 
 def base_model(config, cache):
@@ -348,14 +316,12 @@ def base_model(config, cache):
     if not folder.exists():
         model, tokenizer = train_base_model(config)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix="base-unfinished-", dir=folder.parent))
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        (unfinished / "base_config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another run has finished the same model in the meantime
-            shutil.rmtree(unfinished)
+        with tempfile.TemporaryDirectory(prefix="base-unfinished-", dir=folder.parent) as unfinished:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            Path(unfinished, "base_config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+            if not folder.exists():  # else another run has finished the same model in the meantime
+                Path(unfinished).rename(folder)
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), folder
 
 # ----- 3. Real questions and passages -----
@@ -377,9 +343,8 @@ def fetch(repo, file, place):
         try:
             return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset", local_files_only=True))
         except FileNotFoundError:
-            # Ask for the size first: without a network, the download itself would try for 20 seconds, with warnings.
-            size = huggingface_hub.get_hf_file_metadata(url).size or 0
-            print(f"downloading {url} ({size / 1e6:,.0f} MB)")
+            # Ask whether it is there: without a network, the download itself would try for 20 seconds, with warnings.
+            huggingface_hub.get_hf_file_metadata(url)
             return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset", tqdm_class=tqdm))
     except (OSError, HTTPError) as error:  # no network, offline mode, no such file, no permission, a full disk
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}".replace(url, "it")
@@ -408,30 +373,27 @@ def load_data(spec, split):
 
 def load_questions(path):
     """JSON lines `{"id": str, "question": str, "golden_answers": [str, ...]}` (FlashRAG) -> list[Question]. Mistake,
-    with file and line, if a line is no JSON object, lacks a key or has no answer."""
+    with file and line, if a line is anything else or has no answer."""
     questions = []
     for number, _, line in numbered_lines(path):
-        where = f"{path} line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise Mistake(f"{where}: not a JSON object ({error})") from None
-        record = record if isinstance(record, dict) else {}
-        text, answers = record.get("question"), record.get("golden_answers")
-        if not isinstance(text, str) or not text.strip():
-            raise Mistake(f'{where}: a question needs "question" (a string)')
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise Mistake(f'{where}: a question needs "golden_answers" (a list of strings, at least one)')
-        questions.append(Question(str(record.get("id", number)), text, tuple(answers)))
+            text, gold = record["question"], record["golden_answers"]
+            if not (text.strip() and gold and isinstance(gold, list) and all(isinstance(a, str) for a in gold)):
+                raise ValueError("empty, or of another type")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            needed = '"question" (a string) and "golden_answers" (a list of strings, at least one)'
+            raise Mistake(f"{path} line {number}: a question needs {needed}; {error!r}") from None
+        questions.append(Question(str(record.get("id", number)), text, tuple(gold)))
     if not questions:
         raise Mistake(f"{path}: no questions in this file")
     return questions
 
-def fixed_sample(questions, limit, seed=0):
+def fixed_sample(questions, limit):
     """The same `limit` questions at every call (0: all). Where hops are known, equally many of each number of hops."""
     if not limit or limit >= len(questions):
         return list(questions)
-    kinds, rng, picked = sorted({q.hops for q in questions}), random.Random(f"sample {seed}"), []
+    kinds, rng, picked = sorted({q.hops for q in questions}), random.Random("sample 0"), []
     for i, hops in enumerate(kinds):
         of_kind, count = [q for q in questions if q.hops == hops], limit // len(kinds) + (i < limit % len(kinds))
         picked += rng.sample(of_kind, min(count, len(of_kind)))
@@ -445,16 +407,14 @@ def write_lines(path, records):
 def paragraphs(record):
     """A record of a question file -> the paragraphs that came with the question, as pairs (title, text).
     HotpotQA: metadata.context = {"title": [...], "sentences": [[...], ...]}, where 2WikiMultiHopQA says "content".
-    MuSiQue: metadata.question_decomposition = [{..., "support_paragraph": {"title", "paragraph_text"}}, ...]; we have
-    not seen that file: public code finds that dict, or the dict printed as a string. The original has "paragraphs"."""
+    MuSiQue: metadata.question_decomposition = [{..., "support_paragraph": {"title", "paragraph_text"}}, ...]."""
     metadata = record.get("metadata") or {}
     context = metadata.get("context") or {}
     sentences = context.get("sentences") or context.get("content") or []
     for title, parts in zip(context.get("title") or [], sentences, strict=True):
-        yield title, " ".join(part.strip() for part in ([parts] if isinstance(parts, str) else parts))
-    steps = metadata.get("question_decomposition") or []
-    for found in metadata.get("paragraphs") or [step.get("support_paragraph") for step in steps]:
-        found = ast.literal_eval(found) if isinstance(found, str) else found
+        yield title, " ".join(part.strip() for part in parts)
+    for step in metadata.get("question_decomposition") or []:
+        found = step.get("support_paragraph")
         if found:
             yield found["title"], found["paragraph_text"].strip()
 
@@ -467,7 +427,7 @@ def distinct_paragraphs(files):
         for number, _, line in numbered_lines(file):
             try:
                 found = list(paragraphs(json.loads(line)))
-            except (ValueError, SyntaxError, TypeError, AttributeError, KeyError) as error:
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
                 raise Mistake(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
             total, bare = total + 1, bare + (not found)
             for title, text in found:
@@ -525,12 +485,10 @@ def run_main(main):
     exit code 2. Any other exception is a bug of ours and keeps its traceback."""
     try:
         sys.exit(main())
-    except (Mistake, SearchFailed, OSError) as error:
-        code, message = 2, error
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(code)
+    except (Mistake, SearchFailed, OSError, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        print(f"{Path(sys.argv[0]).name}: {'interrupted' if interrupted else error}", file=sys.stderr)
+        sys.exit(130 if interrupted else 2)
 
 def reach_hub(model):
     """Mistake if neither the hub's cache nor the hub has the model. We try once; transformers tries for 30 seconds."""
@@ -585,26 +543,3 @@ def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed"
         raise Mistake(f"cannot read {error.filename}: {error.strerror}") from None
     except ValueError as error:  # a line that is no passage, an index that does not fit its passages, no such encoder
         raise Mistake(str(error)) from None
-
-def show_world(seed):
-    world, rng = make_world(seed), random.Random(seed)
-    search = build_index(world.passages).search
-    counts = f"{len(world.train)} training and {len(world.test)} test questions, {len(make_tokenizer())} tokens"
-    print(f"world {seed}: {len(world.passages)} passages, {counts}")
-    for top_k in (1, 3, 5):
-        score = oracle_exact_match(world, world.test, search, top_k)
-        print(f"a perfect policy with {top_k} passages a search would score {score:.4f}")
-    for question in rng.sample([q for q in world.test if q.hops == 2], 3):
-        print(f"\n{question.text}   -> {question.gold_answers[0]}   path: {' > '.join(question.path)}")
-        print(*(f"    {passage.text}" for passage in search([question.text], 3)[0]), sep="\n")
-    show = lambda segments: " ".join(text for text, _ in segments)
-    print(f"\nthe base model reads:\n    {show(reading_episode(world, sorted(world.facts), 3, rng))}")
-    print(f"and imitates a poor policy:\n    {show(poor_episodes([rng.choice(world.train)], search, 3, rng)[0])}")
-
-def main(argv=None):
-    parser = Parser(description="Print what a tiny world looks like, and what its base model is shown.")
-    parser.add_argument("--world-seed", type=int, default=0)
-    show_world(parser.parse_args(argv).world_seed)
-
-if __name__ == "__main__":
-    run_main(main)

@@ -19,6 +19,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from kernels import matmul_fp32
 
@@ -44,30 +45,37 @@ class Slots:
     changes weights in place, and a graph reads addresses. A replaced parameter would leave the graph on the old policy.
     """
 
-    def __init__(self, policy, slots, max_length, static=None):
+    def __init__(self, policy, slots, max_length, static=None, graphs=True):
         self.device = policy.get_output_embeddings().weight.device
         self.static = self.device.type == "cuda" if static is None else static
         self.capacity = max_length + 1 if self.static else 0  # columns; the last one is never visible
         self.layers = []  # a pair [keys, values] a layer, each [slots, heads, capacity, d]
         self.lengths = [0] * slots
+        self.graphs = graphs  # False: `decode` starts its kernels one by one
         self.steps = {}  # (rows, columns) -> the static inputs and the replay of `decode`
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # graphs share scratch
+        if self.device.type == "cuda":
+            # Graphs share scratch memory. PITFALL: they need a capture stream of their own, too. On torch's common one,
+            # dropping the graphs of other slots frees the cuBLAS workspace that these replay into.
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
     def clear(self):
         self.lengths = [0] * len(self.lengths)
 
-    def place(self, rows, counts, T):
-        """Slots `rows` are about to get `counts` ids each, padded to T -> the Block that says where they go."""
-        starts_n1 = torch.tensor([[self.lengths[row]] for row in rows], device=self.device)
-        counts_n1 = torch.tensor([[count] for count in counts], device=self.device)
-        width = max(self.lengths[row] + count for row, count in zip(rows, counts))
+    def place(self, rows, blocks):
+        """Slots `rows` are about to get a list of ids each -> (these ids, padded to the longest, [n, T]; the place of
+        each one's last id in it, [n]; the Block that says where they go)."""
+        T, width = max(map(len, blocks)), max(self.lengths[row] + len(block) for row, block in zip(rows, blocks))
         if not self.static and self.capacity <= width:
             self.capacity = width + width // 2 + 16
+        # One table, so that a decoding step waits for one transfer to the GPU and not for one a column.
+        table = [[row, self.lengths[row], len(b), *b, *[0] * (T - len(b))] for row, b in zip(rows, blocks)]
+        table = torch.tensor(table, device=self.device)
+        rows_n, starts_n1, counts_n1, ids_nT = table[:, 0], table[:, 1:2], table[:, 2:3], table[:, 3:]
         steps_T = torch.arange(T, device=self.device)
         positions_nT = starts_n1 + steps_T
         places_nT = torch.where(steps_T < counts_n1, positions_nT, self.capacity - 1)
-        first = list(rows) == list(range(len(rows)))
-        return Block(self, torch.tensor(rows, device=self.device), first, positions_nT, places_nT, width)
+        block = Block(self, rows_n, list(rows) == list(range(len(rows))), positions_nT, places_nT, width)
+        return ids_nT, (counts_n1[:, 0] - 1).clamp_min(0), block
 
     def copy(self, source, targets):
         """Make slots `targets` equal to slot `source`: for the members of a group, or to move a row to a free slot."""
@@ -120,35 +128,65 @@ def decode(policy, block, ids_n1):
     """hidden_states() of one id a row over static buffers, on a GPU as a replayed CUDA graph -> [n, 1, D].
 
     One token takes hundreds of small kernels. Started one by one from Python they take longer than reading all weights;
-    a graph starts them at once, but only for fixed shapes. So rows are padded to slots, slots/2, slots/4, ..., columns
-    to a multiple of 256, and each pair gets its graph when it first occurs. Padding rows are free slots: the next
-    prompt overwrites what they write."""
+    a graph starts them at once, but only for fixed shapes. So rows are padded to all slots, a half or a quarter of
+    them, columns to a quarter, a half, three quarters or all of the buffer: twelve graphs at most, since each takes up
+    to 0.1 GB. A graph is made when its shape first occurs. Padding rows are free slots: the next prompt overwrites what
+    they write."""
     slots = block.slots
-    n, rows, hidden_column = len(ids_n1), len(slots.lengths), slots.capacity - 1
-    while rows // 2 >= n:
-        rows //= 2
-    width = min(hidden_column, -(-block.width // 256) * 256)
-    if (rows, width) not in slots.steps:
-        inputs = ids_n1.new_zeros(3, rows, 1)  # ids, positions, places
-        inputs[2] = hidden_column  # capturing runs the step, too, and must not write into anybody's keys
-        fixed = Block(slots, torch.arange(rows, device=slots.device), True, inputs[1], inputs[2], width)
-        slots.steps[rows, width] = inputs, captured(lambda: hidden_states(policy, fixed, inputs[0]), slots)
-    inputs, replay = slots.steps[rows, width]
-    inputs[:, :n] = torch.stack([ids_n1, block.positions_nT, block.places_nT])
-    return replay()[:n]
+    if not slots.graphs:
+        return hidden_states(policy, block, ids_n1)
+    rows, width = shape = graph_shape(slots, len(ids_n1), block.width)
+    if shape in slots.steps:
+        return replayed(slots, shape, block, ids_n1)
+    inputs = ids_n1.new_zeros(3, rows, 1)  # ids, positions, places
+    inputs[2] = slots.capacity - 1  # capturing runs the step, too, and must not write into anybody's keys
+    fixed = Block(slots, torch.arange(rows, device=slots.device), True, inputs[1], inputs[2], width)
+    return checked(policy, slots, shape, inputs, lambda: hidden_states(policy, fixed, inputs[0]), block, ids_n1)
+
+def graph_shape(slots, n, width):
+    """(rows, columns) of the graph for n rows that see `width` columns."""
+    rows, quarter = len(slots.lengths), -(-(slots.capacity - 1) // 4)
+    for _ in range(2):
+        rows = rows // 2 if rows // 2 >= n else rows
+    return rows, min(slots.capacity - 1, -(-width // quarter) * quarter)
+
+def replayed(slots, shape, block, ids_n1):
+    """Put the ids of a Block into the static inputs of the graph of this shape and replay it -> hidden states."""
+    inputs, replay = slots.steps[shape]
+    inputs[:, : len(ids_n1)] = torch.stack([ids_n1, block.positions_nT, block.places_nT])
+    return replay()[: len(ids_n1)]
+
+def checked(policy, slots, shape, inputs, run, block, ids_n1):
+    """Capture a step and compare its first replay with the plain step -> hidden states of the plain one. If they
+    differ by more than rounding, or if the capture fails, a line says so and these slots go on without graphs. The
+    replay comes first: after the plain step the new keys would be in place, whether the graph writes them or not."""
+    try:
+        slots.steps[shape] = inputs, captured(run, slots)
+        found, wrong = replayed(slots, shape, block, ids_n1).clone(), None
+    except RuntimeError as error:
+        found, wrong = None, str(error).strip().splitlines()[0]
+    wanted = hidden_states(policy, block, ids_n1)
+    if not wrong:
+        apart = ((found - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)).max().item()
+        within = 1e-3 if wanted.dtype == torch.float32 else 0.1
+        wrong = None if apart <= within else f"a replay is {apart:.1%} off"  # NaN is not within, either
+    if wrong:
+        tqdm.write(f"CUDA graphs are off from here, which is slower and changes nothing else: {wrong}")
+        slots.graphs = False
+        slots.steps.clear()
+    return wanted
 
 def captured(run, slots):
     """run() -> tensor, as a function that replays it: a CUDA graph, or on a CPU run itself."""
     if slots.device.type != "cuda":
         return run
-    aside = torch.cuda.Stream()  # the first calls choose kernels and take workspaces, which a capture must not do
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    slots.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(slots.stream):  # the first calls choose kernels and take workspaces; a capture must not
         run()
         run()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(slots.stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=slots.pool):
+    with torch.cuda.graph(graph, pool=slots.pool, stream=slots.stream):
         out = run()
 
     def replay():
@@ -168,14 +206,11 @@ def feed(policy, slots, rows, blocks):
         pieces = [order[at : at + most] for at in range(0, len(order), most)]
         logits = [feed(policy, slots, [rows[i] for i in piece], [blocks[i] for i in piece]) for piece in pieces]
         return torch.cat(logits)[torch.tensor(order, device=slots.device).argsort()]
-    counts, T = [len(block) for block in blocks], max(map(len, blocks))
-    ids_nT = torch.tensor([block + [0] * (T - len(block)) for block in blocks], device=slots.device)
-    block = slots.place(rows, counts, T)
-    run = decode if slots.static and block.first and T == 1 else hidden_states
-    hidden_nTD = run(policy, block, ids_nT)
-    for row, count in zip(rows, counts):
-        slots.lengths[row] += count
-    last_n = torch.tensor([max(0, count - 1) for count in counts], device=slots.device)
+    ids_nT, last_n, place = slots.place(rows, blocks)
+    run = decode if slots.static and place.first and ids_nT.shape[1] == 1 else hidden_states
+    hidden_nTD = run(policy, place, ids_nT)
+    for row, block in zip(rows, blocks):
+        slots.lengths[row] += len(block)
     last_nD = hidden_nTD[torch.arange(len(rows), device=slots.device), last_n]
     return matmul_fp32(last_nD, policy.get_output_embeddings().weight.T)
 
@@ -186,7 +221,8 @@ def sample(logits_nV, temperature, draws_n=None):
     draws_n: a uniform number from [0, 1) a row, float64. The token is where the cumulated probabilities pass it. No
     top-k, no top-p: what is sampled must be the distribution whose log-probs are trained. PITFALL: transformers'
     generate(do_sample=True) cuts to the 50 most likely tokens unless told otherwise."""
-    logprobs_nV = torch.log_softmax(logits_nV / (temperature or 1.0), dim=-1)
+    scaled_nV = logits_nV if temperature in (0, 1) else logits_nV / temperature
+    logprobs_nV = torch.log_softmax(scaled_nV, dim=-1)
     if temperature == 0:
         ids_n1 = logprobs_nV.argmax(-1, keepdim=True)
     else:  # float64: in fp32, sums near 1 are 6e-8 apart, and a token rarer than that could never be drawn
@@ -310,10 +346,11 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     def step(rows, logits_nV):
         """Sample the next token of these rows and hand it to their conversations."""
         talks = [running[row] for row in rows]
-        at = [talk.number for talk in talks], [len(talk.context.ids) for talk in talks]
-        ids_n, logprobs_n = sample(logits_nV, temperature, draws_BL[at] if temperature else None)
-        for talk, token, logprob in zip(talks, ids_n.tolist(), logprobs_n.tolist()):
-            talk.advance((token, logprob))
+        at_2n = [talk.number for talk in talks], [len(talk.context.ids) for talk in talks]
+        draws_n = draws_BL[tuple(torch.tensor(at_2n, device=device))] if temperature else None
+        drawn_2n = torch.stack([t.to(double) for t in sample(logits_nV, temperature, draws_n)])  # one transfer back
+        for talk, token, logprob in zip(talks, *drawn_2n.tolist()):
+            talk.advance((int(token), logprob))
 
     while queue or running:
         serve(running, search)
@@ -339,4 +376,4 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
                 break
             blocks = [pending(row) if writing(row) else [] for row in range(len(running))]
             logits_nV = feed(policy, slots, range(len(running)), blocks)
-            step(rows, logits_nV[torch.tensor(rows, device=device)])
+            step(rows, logits_nV if len(rows) == len(running) else logits_nV[torch.tensor(rows, device=device)])

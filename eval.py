@@ -6,7 +6,7 @@ question counts. [The official loader drops the last, incomplete batch.] One-hop
     1. metrics            scores_of, mean_scores, bootstrap_interval
     2. METHODS            the rows of Table 2, a conversation each: a generator, as searchr1.converse
     3. evaluate           a method over a list of questions -> metrics
-    4. the comparison     methods x sets, kept question by question: a killed comparison goes on where it was
+    4. the comparison     methods x sets, kept batch by batch: a killed comparison goes on where it was
     5. curves             metrics.jsonl of one or several runs -> one picture
     6. ask, chat          a conversation, in colour, while it is held
 
@@ -38,9 +38,9 @@ import data
 import engine
 from data import Mistake, Parser, fixed_sample, load_checkpoint, load_settings, run_main, task
 from retrieval import Passage, SearchFailed, written_whole
-from searchr1 import (HARMLESS, Rollout, begin, check_format, converse, f1_score, format_passages, make_prompt,
-    normalize_answer, observation_ids, outcome_reward, paint, parts, policy_view, prompt_ids, retrieved_gold,
-    transcript, turn_ended)  # fmt: skip
+from searchr1 import (HARMLESS, Rollout, Settings, begin, check_format, converse, f1_score, format_passages,
+    make_prompt, normalize_answer, observation_ids, outcome_reward, paint, parts, policy_view, prompt_ids,
+    retrieved_gold, transcript, turn_ended)  # fmt: skip
 
 # ----- 1. Metrics -----
 
@@ -82,8 +82,9 @@ def bootstrap_interval(values, samples=2000, seed=0):
 
 # ----- 2. The methods of the paper's Table 2 (Sec. 4) -----
 # A method is a conversation: method(r, tokenizer, settings, ends) is a generator over an empty Rollout r that carries
-# its question. As in searchr1.converse, it yields a str to search; it yields the Rollout that it wants the next token
-# of. At its end r is the record of all calls of the model: what was put before the model has mask False.
+# its question. As in searchr1.converse, it yields a str to search, or None for the next token of r. It may also yield
+# another Rollout, whose next token it wants. At its end r is the record of all calls of the model: what was put before
+# the model has mask False.
 
 THE_ANSWER = ("the answer and nothing else inside <answer> and </answer>, for example <answer> Beijing </answer>. "
               "Question: {question}")  # fmt: skip
@@ -104,28 +105,27 @@ NO_NOTES = "There is no helpful information."
 SAYS_ANSWER = "So the answer is:"
 PASSAGES = "@@passages@@"  # stands in a prompt where passages will
 
-def reading_ids(question, tokenizer, template, start="", passages=(), budget=500):
-    """A question in a template of {question} and {context} -> ids of the prompt, and of `start`, the first words of the
-    model's own message, put into its mouth. Passages are encoded on their own, as in a conversation, to at most
-    `budget` ids: what they say stays text, even where it spells a special token."""
+def reading_ids(question, tokenizer, template, start="", passages=(), settings=Settings(), searches=1):
+    """A question in a template of {question}, and maybe {context} -> ids of the prompt, and of `start`, the first words
+    of the model's own message, put into its mouth. Passages are encoded on their own, as in a conversation: what they
+    say stays text, even where it spells a special token. They get as many tokens as a conversation would show after so
+    many searches, as long as there is room for an answer."""
     plain = not getattr(tokenizer, "chat_template", None)  # [D13]
     text = make_prompt(question, tokenizer, template=template, context=PASSAGES) + start
-    head, _, tail = text.rpartition(PASSAGES) if "{context}" in template else ("", "", text)
-    ids = tokenizer(head, add_special_tokens=plain)["input_ids"] if head else []
-    if head:
-        ids = ids + observation_ids(tokenizer, format_passages(passages), budget)
-    return ids + tokenizer(tail, add_special_tokens=plain and not head)["input_ids"]
+    if "{context}" not in template:
+        return tokenizer(text, add_special_tokens=plain)["input_ids"]
+    head, _, tail = text.rpartition(PASSAGES)
+    head, tail = tokenizer(head, add_special_tokens=plain)["input_ids"], text_ids(tail, tokenizer)
+    room = settings.max_length - settings.max_new_tokens - len(head) - len(tail)
+    budget = max(0, min(searches * settings.max_obs_length, room))
+    return head + observation_ids(tokenizer, format_passages(passages), budget) + tail
 
 def direct_ids(question, tokenizer):
     """The prompt of direct inference, up to the first word of the answer; SFT trains on it."""
     return reading_ids(question, tokenizer, DIRECT, "<answer>")
 
-def passages_ids(question, tokenizer, template, start, passages, settings, searches=1):
-    """reading_ids with as many tokens of passages as a conversation would show after so many searches, and with room
-    for an answer."""
-    room = settings.max_length - settings.max_new_tokens - len(reading_ids(question, tokenizer, template, start))
-    budget = max(0, min(searches * settings.max_obs_length, room))
-    return reading_ids(question, tokenizer, template, start, passages, budget)
+def text_ids(text, tokenizer):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 def complete(r, ids, tag, tokenizer, settings, ends):
     """One call of the model on a prompt of its own: it writes until `tag`, an end of sequence, or the end of its budget
@@ -141,122 +141,107 @@ def complete(r, ids, tag, tokenizer, settings, ends):
     call.turns, call.finished = [text.partition(tag)[0]], tag in text or call.ids[-1] in ends
     return call
 
-def tag_ids(tag, tokenizer):
-    return tokenizer(tag, add_special_tokens=False)["input_ids"]
-
 def written_ids(call, tag, tokenizer, ends):
     """What the model wrote in a call, for a later call to go on from: the very ids that were sampled, without an end of
     sequence, and with `tag` if it is missing."""
     ids = [i for i in call.ids[call.prompt_length :] if i not in ends]
-    return ids if tag in tokenizer.decode(ids) else ids + tag_ids(tag, tokenizer)
+    return ids if tag in tokenizer.decode(ids) else ids + text_ids(tag, tokenizer)
 
-def read_answer(call):
-    """A call that began after "<answer>" -> its answer, or None if the budget ended it."""
-    return call.turns[0].rpartition("<answer>")[2].strip() if call.finished else None  # some models open the tag again
+def answer_of(call):
+    """What a call wrote that began after "<answer>". Some models open the tag again."""
+    return call.turns[0].rpartition("<answer>")[2].strip()
+
+def finish(r, calls, prompt, tokenizer, settings, ends):
+    """The last call of the model writes the answer; if the budget ends it, there is none. All calls go into r."""
+    call = yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)
+    r.answer, r.finished = answer_of(call) if call.finished else None, call.finished
+    join(r, [*calls, call])
 
 def join(r, calls):
     """Append all calls of the model to their record r. One that goes on where the last one ended adds only the rest."""
-    start = 0
-    for last, call in zip([None, *calls], calls):
-        if last:  # the ids that its prompt has in common with all of the last call
-            alike = [a == b for a, b in zip(last.ids, call.ids[: call.prompt_length])] + [False]
-            common = alike.index(False)
-            start = common if last.prompt_length <= common and last.prompt_length < call.prompt_length else 0
+    for last, call in zip(calls[:1] + calls, calls):  # the first is paired with itself: it starts at 0
+        # The ids that its prompt has in common with all of the last call.
+        alike = [a == b for a, b in zip(last.ids, call.ids[: call.prompt_length])] + [False]
+        common = alike.index(False)
+        start = common if last.prompt_length <= common and last.prompt_length < call.prompt_length else 0
         r.prompt_length = r.prompt_length or call.prompt_length
         r.ids += call.ids[start:]
         r.response_mask += call.response_mask[start:]
         r.logprobs += call.logprobs[start:]
         r.turns += call.turns
 
-def start(r, tokenizer, settings):
-    """Put the official prompt into an empty record."""
-    r.append(begin(r.question, prompt_ids(r.question, tokenizer, settings), settings).ids)
-    r.prompt_length = len(r.ids)
-
 def direct(r, tokenizer, settings, ends):
     """The answer at once, from what the weights know."""
-    call = yield from complete(r, direct_ids(r.question.text, tokenizer), "</answer>", tokenizer, settings, ends)
-    join(r, [call])
-    r.answer, r.finished, r.found = read_answer(call), call.finished, [None]
+    r.found = [None]
+    yield from finish(r, [], direct_ids(r.question.text, tokenizer), tokenizer, settings, ends)
 
 def cot(r, tokenizer, settings, ends):
     """[Wei et al. 2022] Chain of thought: thinking, until its budget ends it, then the answer."""
     prompt = reading_ids(r.question.text, tokenizer, COT, "<think>")
     thought = yield from complete(r, prompt, "</think>", tokenizer, settings, ends)
-    calls, r.found = [thought], [None]
-    prompt = prompt + written_ids(thought, "</think>", tokenizer, ends) + tag_ids("<answer>", tokenizer)
-    if len(prompt) < settings.max_length:  # else the thought took all the room
-        call = yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)
-        calls, r.found = [thought, call], [None, None]
-        r.answer, r.finished = read_answer(call), call.finished
-    join(r, calls)
+    prompt = prompt + written_ids(thought, "</think>", tokenizer, ends) + text_ids("<answer>", tokenizer)
+    if len(prompt) < settings.max_length:
+        yield from finish(r, [thought], prompt, tokenizer, settings, ends)
+    else:  # the thought took all the room
+        join(r, [thought])
+    r.found = [None] * len(r.turns)
 
 def ircot(r, tokenizer, settings, ends):
     """[Trivedi et al. 2023] Interleaved retrieval and chain of thought: each thought is the next query, and its
     passages join those found before. Questions still unanswered after max_turns thoughts go to the reader, the prompt
     of RAG over all passages, like the paper's separate reader."""
     query, shown = r.question.text, {}  # shown: the union of what was found, by id; top_k * (max_turns + 1) at most
-    calls, thoughts, opened = [], [], tag_ids("<think>", tokenizer)  # thoughts: ids of all so far, each in its tags
+    calls, thoughts, opened = [], [], text_ids("<think>", tokenizer)  # thoughts: ids of all so far, each in its tags
     for turn in range(settings.max_turns + 1):
         r.found.append((yield query))
         r.searches.append(query)
         shown |= {p.id: p for p in r.found[-1]}
         left = replace(settings, max_length=settings.max_length - len(thoughts) - len(opened))
-        prompt = passages_ids(r.question.text, tokenizer, IRCOT, "", shown.values(), left, turn + 1)
+        prompt = reading_ids(r.question.text, tokenizer, IRCOT, "", shown.values(), left, turn + 1)
         if turn == settings.max_turns or len(prompt) + settings.max_new_tokens > left.max_length:
             break  # no more thoughts, or no more room for one
-        call = yield from complete(r, prompt + thoughts + opened, "</think>", tokenizer, settings, ends)
-        calls.append(call)
-        thoughts += opened + written_ids(call, "</think>", tokenizer, ends)
-        thought, said, answer = call.turns[0].partition(SAYS_ANSWER)
-        if said and call.finished:
-            r.answer = answer.strip().removesuffix(".").strip()
-            break
+        calls.append((yield from complete(r, prompt + thoughts + opened, "</think>", tokenizer, settings, ends)))
+        thoughts += opened + written_ids(calls[-1], "</think>", tokenizer, ends)
+        thought, said, answer = calls[-1].turns[0].partition(SAYS_ANSWER)
+        if said and calls[-1].finished:
+            r.answer, r.finished = answer.strip().removesuffix(".").strip(), True
+            return join(r, calls)
         query = thought.strip()
-    if r.answer is None:
-        n = len(r.searches)
-        prompt = passages_ids(r.question.text, tokenizer, RAG, "<answer>", shown.values(), settings, n)
-        calls.append((yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)))
-        r.answer = read_answer(calls[-1])
-    join(r, calls)
-    r.finished = r.answer is not None
+    prompt = reading_ids(r.question.text, tokenizer, RAG, "<answer>", shown.values(), settings, len(r.searches))
+    yield from finish(r, calls, prompt, tokenizer, settings, ends)
 
 def search_o1(r, tokenizer, settings, ends):
     """[Li et al. 2025] Search-R1's conversation without its training, in which the model never reads a raw passage. For
     each query a call apart reads the passages, and the note that it writes (the paper's Reason-in-Documents) is the one
     passage that comes back [D16]. In the record `found` has the raw passages; ids and turns have the notes behind the
     conversation."""
-    start(r, tokenizer, settings)
-    conversation, notes, raw, answer = converse(r, tokenizer, settings, ends), [], [], None
+    conversation, notes, raw, given = search_r1(r, tokenizer, settings, ends), [], [], None
     while True:
         try:
-            wish = conversation.send(answer)
+            wish = conversation.send(given)
         except StopIteration:
             break
-        if wish is None:
-            answer = yield r
-            continue
-        raw.append((yield wish))
-        prompt = passages_ids(wish, tokenizer, NOTES, "<answer>", raw[-1], settings)
-        notes.append((yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)))
-        note = notes[-1].turns[0].rpartition("<answer>")[2].strip().removesuffix(".")
-        answer = [Passage(str(len(raw)), "Notes", f"{wish}: {note}." if note else NO_NOTES)]
-    found = iter(raw)
-    r.found = [None if passages is None else next(found) for passages in r.found]
+        given = yield wish
+        if wish is not None:  # it was a query, and these are its passages
+            raw.append(given)
+            prompt = reading_ids(wish, tokenizer, NOTES, "<answer>", given, settings)
+            notes.append((yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)))
+            note = answer_of(notes[-1]).removesuffix(".")
+            given = [Passage(str(len(raw)), "Notes", f"{wish}: {note}." if note else NO_NOTES)]
+    r.found = [passages and raw.pop(0) for passages in r.found]
     join(r, notes)
 
 def rag(r, tokenizer, settings, ends):
     """[Lewis et al. 2020] Retrieval-augmented generation: one search with the question, then the answer, without
     reasoning, like FlashRAG's naive RAG."""
-    passages = yield r.question.text
-    prompt = passages_ids(r.question.text, tokenizer, RAG, "<answer>", passages, settings)
-    call = yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)
-    join(r, [call])
-    r.answer, r.finished, r.searches, r.found = read_answer(call), call.finished, [r.question.text], [passages]
+    r.searches, r.found = [r.question.text], [(yield r.question.text)]
+    prompt = reading_ids(r.question.text, tokenizer, RAG, "<answer>", r.found[0], settings)
+    yield from finish(r, [], prompt, tokenizer, settings, ends)
 
 def search_r1(r, tokenizer, settings, ends):
-    """[Algorithm 1] The conversation as the policy was trained."""
-    start(r, tokenizer, settings)
+    """[Algorithm 1] The conversation as the policy was trained, from the official prompt on."""
+    r.append(begin(r.question, prompt_ids(r.question, tokenizer, settings), settings).ids)
+    r.prompt_length = len(r.ids)
     yield from converse(r, tokenizer, settings, ends)
 
 def r1(r, tokenizer, settings, ends):
@@ -274,30 +259,14 @@ WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write i
 
 BATCH = 256  # questions that are answered together
 
-def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None,
-           watch=None):  # fmt: skip
+def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None):
     """Answer each question by a method of METHODS, all at once -> list of Rollouts in the order of the questions.
-    temperature, generator, slots: engine.run;  watch: called with a Rollout whenever it has grown"""
-    ends, conversations = engine.end_ids(policy, tokenizer), []
-    for question in questions:
-        r = Rollout(question, [], [], [], 0)
-        talk = METHODS[method](r, tokenizer, settings, ends)
-        conversations.append((r, watched(r, talk, watch) if watch else talk))
+    temperature, generator, slots: engine.run"""
+    ends, rollouts = engine.end_ids(policy, tokenizer), [Rollout(question, [], [], [], 0) for question in questions]
+    conversations = [(r, METHODS[method](r, tokenizer, settings, ends)) for r in rollouts]
     find = lambda queries: search(queries, settings.top_k)
     engine.run(policy, conversations, find, settings.max_length, 1, temperature, generator, slots)
-    return [r for r, _ in conversations]
-
-def watched(r, talk, watch):
-    """The same conversation; watch(r) is called after each thing that it was given."""
-    wish = next(talk)
-    while True:
-        given = yield wish
-        try:
-            wish = talk.send(given)
-        except StopIteration:
-            return
-        finally:
-            watch(r)
+    return rollouts
 
 def evaluate(policy, tokenizer, questions, search, settings, method="search-r1", temperature=0.0, generator=None,
              slots=None):  # fmt: skip
@@ -309,7 +278,7 @@ def evaluate(policy, tokenizer, questions, search, settings, method="search-r1",
         rollouts += answer(policy, tokenizer, batch, search, settings, method, temperature, generator, slots)
     return mean_scores([scores_of(r, method) for r in rollouts], [q.hops for q in questions]), rollouts
 
-# ----- 4. The comparison: methods x sets, kept question by question -----
+# ----- 4. The comparison: methods x sets, kept batch by batch -----
 
 KEPT = 64  # questions that are answered, and then kept, together: what a killed comparison loses at most
 
@@ -320,28 +289,25 @@ def question_sets(specs):
     return {name: data.load_data(name, "eval") for name in names}, files
 
 def kept(path, config):
-    """FILE of --json -> (the records of this very comparison that it or FILE.part has, is it complete). A half-written
-    last line is dropped. Mistake for a file of another comparison."""
-    part, complete = Path(f"{path}.part"), Path(path).exists()
-    if not complete and not part.exists():
-        return [], False
+    """FILE of --json -> the batches of records that FILE has of this very comparison (all in one), or FILE.part has (a
+    line each). A half-written last line is cut off. Mistake for a file of another comparison."""
+    file = Path(path) if Path(path).exists() else Path(f"{path}.part")
+    if not file.exists():
+        return []
+    whole, end, half = file.read_bytes().rpartition(b"\n")
     try:
-        if complete:
-            content = json.loads(Path(path).read_text())
-            begun, records = content["config"], content["records"]
-        else:
-            *lines, half = part.read_bytes().split(b"\n")
-            if half:
-                part.write_bytes(b"".join(line + b"\n" for line in lines))
-            begun, *records = [json.loads(line) for line in lines] or [config]
+        pieces = [json.loads(piece) for piece in ([whole] if file == Path(path) else whole.splitlines())]
+        begun, batches = pieces[0]["config"] if pieces else config, [piece["records"] for piece in pieces]
         different = [name for name in config | begun if begun.get(name) != config.get(name)]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise Mistake(f"{path} is there and was not written by this script: give another --json") from None
+        raise Mistake(f"{file} is there and was not written by this script: give another --json") from None
     for name in different:
         before, now = (json.dumps(c.get(name)) for c in (begun, config))
-        other = f"{path if complete else part} is of another comparison: {name} was {before}, now {now}"
+        other = f"{file} is of another comparison: {name} was {before}, now {now}"
         raise Mistake(f"{other}; give another --json, or remove it")
-    return records, complete
+    if half:
+        os.truncate(file, len(whole + end))
+    return batches
 
 def make_record(r, tokenizer, method, name, position):
     """One answered question as --json keeps it."""
@@ -352,71 +318,55 @@ def make_record(r, tokenizer, method, name, position):
         "transcript": transcript(r, tokenizer),
     }  # fmt: skip
 
-def answer_all(policy, tokenizer, search, methods, sets, settings, temperature=0.0, records=(), part=None):
-    """Every method on every set -> one record a method, set and question, in this order. Questions that have one among
-    `records` are not asked again; new ones are written to the open file `part`, a batch at a time."""
-    have = {(r["method"], r["data"], r["position"]): r for r in records}
-    slots = engine.Slots(policy, KEPT, settings.max_length)
-    generator = torch.Generator(policy.get_output_embeddings().weight.device)
-    for method, (name, questions) in itertools.product(methods, sets.items()):
-        of = [have[method, name, i] for i in range(len(questions)) if (method, name, i) in have]
-        done = len(of) == len(questions)
-        with tqdm(total=len(questions), initial=len(of), desc=f"{method}, {name}", disable=done) as bar:
-            for at in range(0, len(questions), KEPT):
-                left = [i for i in range(at, min(at + KEPT, len(questions))) if (method, name, i) not in have]
-                if not left:
-                    continue
-                generator.manual_seed(at)  # a comparison that goes on draws what it would have drawn
-                asked = [questions[i] for i in left]
-                rollouts = answer(policy, tokenizer, asked, search, settings, method, temperature, generator, slots)
-                new = [make_record(r, tokenizer, method, name, i) for i, r in zip(left, rollouts)]
-                have |= {(method, name, r["position"]): r for r in new}
-                if part:
-                    part.write("".join(json.dumps(r) + "\n" for r in new))
-                    part.flush()
-                of += new
-                bar.update(len(new))
-                bar.set_postfix_str(f"EM {sum(r['em'] for r in of) / len(of):.3f}")
-    return [have[method, name, i] for method in methods for name in sets for i in range(len(sets[name]))]
+def compare(args, methods, sets, settings, about, load):
+    """The comparison that the command line asks for: every method on every set -> metrics and intervals, as in summary.
+    With --json each batch of records is added to FILE.part, and a comparison that was killed goes on after the last one
+    that is there. For the others load() gives policy, tokenizer, search. At the end FILE has it all, FILE.part goes."""
+    digest = lambda questions: hashlib.sha256(repr(questions).encode()).hexdigest()[:16]
+    config = {
+        "checkpoint": args.checkpoint, "methods": methods, "data": list(sets), "limit": args.limit,
+        "temperature": args.temperature, "settings": asdict(settings), "trained": about,
+        "questions": {name: digest(questions) for name, questions in sets.items()},
+    }  # fmt: skip
+    part = Path(f"{args.json}.part")
+    batches = kept(args.json, config) if args.json else []
+    if sum(map(len, batches)) < len(methods) * sum(map(len, sets.values())):
+        policy, tokenizer, search = load()
+        slots = engine.Slots(policy, KEPT, settings.max_length)
+        generator = torch.Generator(policy.get_output_embeddings().weight.device)
+        todo = [(method, name, at) for method in methods for name in sets for at in range(0, len(sets[name]), KEPT)]
+        bar = tqdm(todo[len(batches) :], initial=len(batches), total=len(todo), unit=f" x {KEPT} questions")
+        for method, name, at in bar:
+            bar.set_description(f"{method}, {name}")
+            generator.manual_seed(at)  # a comparison that goes on draws what it would have drawn
+            asked, how = sets[name][at : at + KEPT], (settings, method, args.temperature, generator, slots)
+            try:
+                rollouts = answer(policy, tokenizer, asked, search, *how)
+            except SearchFailed as error:
+                goes_on = f"; what was answered is in {part}, and the same command goes on" if args.json else ""
+                raise Mistake(f"{error}{goes_on}") from None
+            batches.append([make_record(r, tokenizer, method, name, at + i) for i, r in enumerate(rollouts)])
+            if args.json:
+                with open(part, "a") as lines:
+                    lines.write(json.dumps({"config": config, "records": batches[-1]}) + "\n")
+    records = list(itertools.chain(*batches))
+    metrics, intervals = summary(records)
+    if args.json:
+        content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}
+        with written_whole(args.json) as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+        part.unlink(missing_ok=True)
+    return metrics, intervals
 
 def summary(records):
     """Records -> (metrics, intervals of em and f1), both {method: {set: {name: value}}}."""
-    groups, metrics, intervals = {}, {}, {}
-    for r in records:
-        groups.setdefault((r["method"], r["data"]), []).append(r)
-    for (method, name), of in groups.items():
+    metrics, intervals = {}, {}
+    for (method, name), of in itertools.groupby(records, lambda r: (r["method"], r["data"])):
+        of = list(of)
         metrics.setdefault(method, {})[name] = mean_scores(of, [r["hops"] for r in of])
         interval = lambda key: list(bootstrap_interval([r[key] for r in of]))
         intervals.setdefault(method, {})[name] = {key: interval(key) for key in ("em", "f1")}
     return metrics, intervals
-
-def compare(args, methods, sets, settings, about, load):
-    """The comparison that the command line asks for -> its records. Those that --json has already are taken; for the
-    other questions load() gives policy, tokenizer and search. At the end FILE is written and FILE.part removed."""
-    config = {"checkpoint": args.checkpoint, "methods": methods, "data": list(sets), "limit": args.limit}
-    config |= {"temperature": args.temperature, "settings": asdict(settings), "trained": about}
-    digest = lambda questions: hashlib.sha256(repr(questions).encode()).hexdigest()[:16]
-    config["questions"] = {name: digest(questions) for name, questions in sets.items()}
-    how = methods, sets, settings, args.temperature
-    if not args.json:
-        return answer_all(*load(), *how)
-    records, complete = kept(args.json, config)
-    file, part = Path(args.json), Path(f"{args.json}.part")
-    if not complete:
-        loaded = load()  # first: a mistake in the flags leaves no file behind
-        with open(part, "a") as lines:
-            if not lines.tell():
-                lines.write(json.dumps(config) + "\n")
-            try:
-                records = answer_all(*loaded, *how, records, lines)
-            except SearchFailed as error:
-                raise Mistake(f"{error}; what was answered is in {part}, and the same command goes on") from None
-        metrics, intervals = summary(records)
-        content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}
-        with written_whole(file) as whole:
-            whole.write(json.dumps(content, indent=1) + "\n")
-    part.unlink(missing_ok=True)
-    return records
 
 def aligned(rows):
     """Rows of cells -> lines: the first cell to the left, the others to the right."""
@@ -425,8 +375,8 @@ def aligned(rows):
     return "\n".join("  ".join(cells(row)).rstrip() for row in rows)
 
 def comparison_table(metrics, intervals):
-    """What summary() gives -> text: of several sets the exact match, a row a method and a column a set with the plain
-    mean over sets; then all metrics, a row a method and set. "-": the method has no such thing."""
+    """What summary() gives -> text. Of several sets the exact match, a row a method and a column a set with the plain
+    mean over sets. Then all metrics, a row a method and set, or of a single one a row a metric. "-": it has none."""
     sets = list(next(iter(metrics.values())))
     labels = {name: Path(name).stem if Path(name).suffix else name for name in sets}
     matrix = [["EM", *labels.values(), "average"]]
@@ -440,6 +390,8 @@ def comparison_table(metrics, intervals):
         for key, (low, high) in intervals[method][name].items():
             cells[keys.index(key)] += f" ({low:.3f} to {high:.3f})"
         rows.append([f"{method}, {labels[name]}" if len(sets) > 1 else method, *cells])
+    if len(rows) == 2:
+        return aligned(list(zip(*rows)))
     return f"{aligned(matrix)}\n\n{aligned(rows)}" if len(sets) > 1 else aligned(rows)
 
 # ----- 5. Curves -----
@@ -463,10 +415,9 @@ def read_runs(paths):
     runs = {}
     for path in map(Path, paths):
         if path.suffix == ".csv" and path.exists():
-            with open(path, newline="") as file:
-                for row in csv.DictReader(file):
-                    record = {"step": int(row["step"]), row["metric"]: float(row["value"])}
-                    runs.setdefault(row["run"], []).append(record)
+            for row in csv.DictReader(path.read_text().splitlines()):
+                record = {"step": int(row["step"]), row["metric"]: float(row["value"])}
+                runs.setdefault(row["run"], []).append(record)
         elif (path / "metrics.jsonl").exists():
             runs[path.name] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         else:
@@ -475,7 +426,10 @@ def read_runs(paths):
 
 def curve(members, name):
     """Records of one or several runs -> list of (step, mean, lowest, highest) of a metric, at steps that all of them
-    have. Six significant digits, as in the CSV, so that the CSV draws the very same picture again."""
+    have; none where hops are known, since these have curves of their own. Six significant digits, as in the CSV, so
+    that the CSV draws the very same picture again."""
+    if any(f"{name}_1hop" in r for records in members for r in records):
+        return []
     values = [{r["step"]: float(f"{r[name]:.6g}") for r in records if name in r} for records in members]
     steps = sorted(set.intersection(*map(set, values)))
     at = [[run[step] for run in values] for step in steps]
@@ -483,42 +437,33 @@ def curve(members, name):
 
 def plot_runs(runs, path, curves=CURVES):
     """Draw {name: records} into one PNG or PDF. Runs named "x, seed 0", "x, seed 1" are one line, their mean, in a band
-    from the lowest to the highest. Where hops are known, they replace the curve over all questions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from the lowest to the highest."""
+    from matplotlib.figure import Figure
 
     groups = {}
     for name, records in runs.items():
         groups.setdefault(re.sub(r", seed \d+$", "", name), []).append(records)
-    points = {}
-    for (label, members), (_, name, _) in itertools.product(groups.items(), curves):
-        known = {key for records in members for r in records for key in r}
-        points[label, name] = [] if f"{name}_1hop" in known else curve(members, name)
-    curves = [(title, name, unit) for title, name, unit in curves if any(points[label, name] for label in groups)]
-    if not curves:
+    lines = {panel: [curve(members, panel[1]) for members in groups.values()] for panel in curves}
+    panels = [panel for panel in curves if any(lines[panel])]
+    if not panels:
         raise Mistake("these runs have no point of any curve; there is nothing to draw")
-    columns = min(4, len(curves))
-    rows = -(-len(curves) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained", squeeze=False)
-    for (title, name, unit), axis in zip(curves, axes.flat):
-        for i, (label, members) in enumerate(groups.items()):
-            if points[label, name]:
-                steps, means, lows, highs = zip(*points[label, name])
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    for at, (title, name, unit) in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, columns, at)
+        for i, (points, (label, members)) in enumerate(zip(lines[title, name, unit], groups.items())):
+            if points:
+                steps, means, lows, highs = zip(*points)
                 seeds = f" ({len(members)} seeds)" if len(members) > 1 else ""
                 (line, marker), every = LOOKS[i % len(LOOKS)], max(1, len(steps) // 8)
                 axis.plot(steps, means, line, marker=marker, markevery=every, color=f"C{i}", ms=4, label=label + seeds)
                 axis.fill_between(steps, lows, highs, color=f"C{i}", alpha=0.2, linewidth=0)
-        axis.set(title=title, xlabel="training step", ylabel=unit)
-        axis.set_ylim(bottom=0)
+        axis.set(title=title, xlabel="training step", ylabel=unit, ylim=(0, None))
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(curves) :]:
-        axis.remove()
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), columns + 1))
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 def write_points(runs, path, curves=CURVES):
     """The points of plot_runs as CSV: run, step, metric, value. --plot draws such a file again."""
@@ -535,8 +480,8 @@ def write_points(runs, path, curves=CURVES):
 UNSETTLED = re.compile(r"(<[a-z]{0,6}|\ufffd+)\Z")
 
 def live(tokenizer, colour):
-    """-> show(rollout), which prints what is new in it: for answer()'s `watch`, and once with over=True at the end. All
-    that it prints is transcript(), in colours if wanted, control characters made visible."""
+    """-> show(rollout), which prints what is new in it: whenever it has grown, and once with over=True at the end.
+    All that it prints is transcript(), in colours if wanted, control characters made visible."""
     done, shown = 0, 0  # parts that stand on the screen in full; characters of the next one
 
     def show(r, over=False):
@@ -554,9 +499,18 @@ def live(tokenizer, colour):
 def ask(policy, tokenizer, question, search, settings, temperature=0.0, generator=None, slots=None):
     """Hold a conversation about one question and print it while it is held, then how many searches it took."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    show = live(tokenizer, colour)
+    r = begin(question, prompt_ids(question, tokenizer, settings), settings)
+    show, append = live(tokenizer, colour), r.append
+
+    def append_and_show(*tokens):
+        append(*tokens)
+        show(r)
+
+    r.append = append_and_show  # tokens enter a record there and nowhere else
+    conversations = [(r, converse(r, tokenizer, settings, engine.end_ids(policy, tokenizer)))]
+    find = lambda queries: search(queries, settings.top_k)
     try:
-        (r,) = answer(policy, tokenizer, [question], search, settings, "search-r1", temperature, generator, slots, show)
+        engine.run(policy, conversations, find, settings.max_length, 1, temperature, generator, slots)
         show(r, over=True)
     finally:
         print()
@@ -581,36 +535,28 @@ def chat(policy, tokenizer, search, settings, temperature=0.0, generator=None):
 def parse(argv):
     """Command line -> its values. Mistake for flags that contradict each other."""
     parser = Parser(description="Evaluate a checkpoint of Search-R1, talk to it, or draw the curves of runs.")
-    add = parser.add_argument
+    add, only = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--checkpoint", help="folder of a checkpoint (or a hub id)")
-    add("--method", nargs="+", metavar="METHOD", help=f"any of {', '.join(METHODS)}; default: what it was trained for")
+    add("--method", nargs="+", choices=METHODS, metavar="METHOD",
+        help=f"any of {', '.join(METHODS)}; default: what it was trained for")  # fmt: skip
     sets = "question files (JSON lines: id, question, golden_answers) or names of sets, joined by + into one"
     add("--data", nargs="+", metavar="SET", help=f"{sets}; all: the paper's seven; default: the tiny world's")
     add("--corpus", help="passage file, index DIR, contexts, wiki18, bm25:..., http://... (default: as trained)")
     add("--encoder", help="of contexts and wiki18: hashed, or folder or hub id (default: as trained)")
     add("--world-seed", type=int, help="another tiny world than the checkpoint's")
     add("--limit", type=int, default=0, help="a fixed sample of N questions of each set (default: all)")
-    add("--top-k", type=int, help="passages a search (default: as trained)")
+    add("--top-k", type=int, default=0, help="passages a search (default: as trained)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    add("--ask", metavar="QUESTION", help="hold one conversation and watch it, instead")
-    add("--chat", action="store_true", help="one conversation a question, until an empty line, exit or Ctrl-D")
-    add("--json", metavar="FILE", help="keep metrics and a record a question; the same command goes on after a crash")
-    add("--plot", nargs="+", metavar="RUN", help="draw the curves of runs (folders, or CSV files of an earlier --plot)")
+    only("--ask", metavar="QUESTION", help="hold one conversation and watch it, instead")
+    only("--chat", action="store_true", help="one conversation a question, until an empty line, exit or Ctrl-D")
+    only("--json", metavar="FILE", help="keep metrics and a record a question; the same command goes on after a crash")
+    only("--plot", nargs="+", metavar="RUN", help="draw the curves of runs (folders, or CSV files of --plot)")
     add("--output", default="curves.png", help="the picture of --plot; its points go beside it as CSV")
     args = parser.parse_args(argv)
-    wanted = [f"--{name}" for name in ("plot", "ask", "chat", "json") if getattr(args, name) not in (None, False)]
-    if len(wanted) > 1:
-        raise Mistake(f"{' and '.join(wanted)} are different things to do; give one of them")
-    if args.ask is not None and not args.ask.strip():
-        raise Mistake("--ask wants a question")
     if not args.checkpoint and not args.plot:
         raise Mistake("give --checkpoint DIR (a folder that train.py wrote) or --plot RUN")
-    if args.temperature < 0 or args.limit < 0:
-        raise Mistake("--temperature and --limit cannot be negative")
-    if args.top_k is not None and args.top_k < 1:
-        raise Mistake(f"--top-k {args.top_k}: must be at least 1")
-    if unknown := [method for method in args.method or [] if method not in METHODS]:
-        raise Mistake(f"unknown method {unknown[0]!r}; known are {', '.join(METHODS)}")
+    if min(args.temperature, args.limit, args.top_k) < 0:
+        raise Mistake("--temperature, --limit and --top-k cannot be negative")
     if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):
         raise Mistake(f"cannot write {args.json}: it is a folder, or there is no folder for it that can be written to")
     return args
@@ -626,7 +572,7 @@ def main(argv=None):
     settings, about = load_settings(args.checkpoint, real=bool(args.corpus or args.data))
     settings = replace(settings, top_k=args.top_k or settings.top_k)
     methods = list(dict.fromkeys(args.method or [about["method"]]))
-    specs, talking = args.data, args.ask or args.chat
+    specs, talking = args.data, args.chat or args.ask is not None
     about |= {name: getattr(args, name) for name in ("corpus", "encoder") if getattr(args, name)}
     if args.world_seed is not None:
         specs, about = None, about | {"world_seed": args.world_seed, "corpus": None}
@@ -646,20 +592,14 @@ def main(argv=None):
     if talking:
         policy, tokenizer, search = load()
         how = search, settings, args.temperature, torch.Generator(policy.device).manual_seed(0)
-        return ask(policy, tokenizer, args.ask, *how) if args.ask else chat(policy, tokenizer, *how)
+        return chat(policy, tokenizer, *how) if args.chat else ask(policy, tokenizer, args.ask, *how)
     where = ", ".join(sets) or f"tiny world {about['world_seed']}, held out"
     sets = sets or {f"tiny world {about['world_seed']}": data.make_world(about["world_seed"]).test}
     sets = {name: fixed_sample(questions, args.limit) for name, questions in sets.items()}
-    records = compare(args, methods, sets, replace(settings, do_search=True), about, load)
-    metrics, intervals = summary(records)
+    metrics, intervals = compare(args, methods, sets, replace(settings, do_search=True), about, load)
     greedy = "greedy" if args.temperature == 0 else f"temperature {args.temperature}"
     print(f"{sum(map(len, sets.values()))} questions ({where}), {greedy}")
-    if len(methods) > 1 or len(sets) > 1:
-        print(comparison_table(metrics, intervals))
-        return
-    (m,), (i,) = (list(of[methods[0]].values()) for of in (metrics, intervals))
-    for name, value in m.items():
-        print(f"{name:18} {value:.3f}" + ("   95 %: {:.3f} to {:.3f}".format(*i[name]) if name in i else ""))
+    print(comparison_table(metrics, intervals))
 
 if __name__ == "__main__":
     run_main(main)

@@ -10,25 +10,24 @@ left. There are two ways to fit them on one card of 24 GB:
     1. PRESETS                                         what fits
     2. Adapted, adapt, role, trained, merged_state     adapters, and which role a model plays
     3. adam                                            fp32 masters of bf16 weights
-    4. make_models, recomputed                         all networks of a run; gradient checkpointing
+    4. make_models, fuse_norms, recomputed             all networks of a run; one kernel a norm; gradient checkpointing
     5. predict_memory                                  what a run will hold, told before it begins
 
 Departure: [D14] P: with --lora-rank only adapters are trained. The paper trains all weights of policy and critic.
 
 The arithmetic of a 24 GB card (22.3 GiB) for the presets below. Peak: predict_memory, which a run prints before it
-starts. Time: for 1 TB/s of memory, 60 % of it reached in decoding, and 80 Tflop/s (about an RTX 4090), with 80 rollouts
-a step of 1200 ids, 400 of them written by the policy:
-    decoding      80 * 400 / slots steps, each (weights + slots * 800 * bytes of a key and value) / 0.6 TB/s
-    the rest      96,000 ids * weights * flop: 2 each for reading, old and reference log-probs; 8 for the update (6 with
-                  frozen weights), its repeated forward pass included; PPO: 2 more for the values, and another update
-The encoder of the passages takes 0.3 GiB more. These are predictions; tests/bench_memory.py measures them on a GPU.
+starts, with 0.75 GiB for HotpotQA's paragraphs on the card. Time: tests/bench_slots.py, for a card of 1 TB/s and 80
+Tflop/s (about an RTX 4090) and 80 rollouts a step of 1200 ids, 370 of them written by the policy. These are
+predictions; tests/bench_gpu.py measures them on a GPU.
 
                   predicted peak, GiB    seconds a step    a whole run
                      GRPO     PPO          GRPO   PPO       GRPO    PPO
-    qwen2.5-0.5b     13.3    19.8            10    16       1.1 h   1.8 h
-    qwen2.5-1.5b     12.4    13.0            26    41       2.2 h   3.4 h
-    qwen2.5-3b       18.5    19.5            51    81       4.3 h   6.8 h
-    llama-3.2-3b     17.0    17.8            68    99       5.7 h   8.3 h
+    qwen2.5-0.5b     15.9    21.7            12    22       1.3 h   2.4 h
+    qwen2.5-1.5b     14.9    15.5            29    47       2.4 h   3.9 h
+    qwen2.5-3b       21.2    21.0            52    92       4.3 h   7.7 h
+    llama-3.2-3b     19.4    20.2            74   107       6.2 h   8.9 h
+
+A card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0.5b --lora-rank 32.
 """
 
 import contextlib
@@ -104,8 +103,8 @@ PRESETS = {
     "real/sft": REAL | REAL_SFT,
     "real/rejection": REAL | REAL_REJECTION,
     "qwen2.5-0.5b/grpo": QWEN_05B,
-    # Two full models with their masters and Adam leave room for half the slots.
-    "qwen2.5-0.5b/ppo": QWEN_05B | REAL_PPO | {"slots": 32, "micro_batch_tokens": 4096},
+    # Two full models with their masters and Adam leave little room for slots.
+    "qwen2.5-0.5b/ppo": QWEN_05B | REAL_PPO | {"slots": 24, "micro_batch_tokens": 4096},
     "qwen2.5-0.5b/reinforce": QWEN_05B | REAL_REINFORCE,
     "qwen2.5-0.5b/sft": QWEN_05B | REAL_SFT,
     "qwen2.5-0.5b/rejection": QWEN_05B | REAL_REJECTION,
@@ -113,17 +112,17 @@ PRESETS = {
     "qwen2.5-1.5b/ppo": QWEN_15B | REAL_PPO,
     "qwen2.5-1.5b/reinforce": QWEN_15B | REAL_REINFORCE,
     "qwen2.5-1.5b/sft": QWEN_15B | LORA_SFT,
-    "qwen2.5-1.5b/rejection": QWEN_15B | LORA_REJECTION,
+    "qwen2.5-1.5b/rejection": QWEN_15B | LORA_REJECTION | {"slots": 32},  # two sets of slots: base model and policy
     "qwen2.5-3b/grpo": QWEN_3B,
-    "qwen2.5-3b/ppo": QWEN_3B | REAL_PPO,
+    "qwen2.5-3b/ppo": QWEN_3B | REAL_PPO | {"slots": 56},
     "qwen2.5-3b/reinforce": QWEN_3B | REAL_REINFORCE,
     "qwen2.5-3b/sft": QWEN_3B | LORA_SFT,
-    "qwen2.5-3b/rejection": QWEN_3B | LORA_REJECTION,
+    "qwen2.5-3b/rejection": QWEN_3B | LORA_REJECTION | {"slots": 24},
     "llama-3.2-3b/grpo": LLAMA_3B,
     "llama-3.2-3b/ppo": LLAMA_3B | REAL_PPO,
     "llama-3.2-3b/reinforce": LLAMA_3B | REAL_REINFORCE,
     "llama-3.2-3b/sft": LLAMA_3B | LORA_SFT,
-    "llama-3.2-3b/rejection": LLAMA_3B | LORA_REJECTION,
+    "llama-3.2-3b/rejection": LLAMA_3B | LORA_REJECTION | {"slots": 10},
     "paper/grpo": PAPER,
     "paper/ppo": PAPER | PAPER_ONE | {"kl_in": "reward"},
     "paper/reinforce": PAPER | PAPER_ONE,
@@ -238,7 +237,7 @@ class Models:
     critic: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer | None
-    updates: int = 0  # optimiser steps since the program started, counted as they begin
+    updates: int = 0  # optimiser steps of the update in progress, counted as they begin
 
     def learners(self):
         """(role, network, its optimiser) of what is trained."""
@@ -248,6 +247,8 @@ class Models:
 def make_models(policy, config):
     """A causal LM and the Config of train.py -> Models. The policy stays the object it is."""
     ppo = config.algo == "ppo"
+    if policy.device.type == "cuda":
+        fuse_norms(policy)
     if config.lora_rank:
         roles = ("policy", "critic") if ppo else ("policy",)
         reference = adapt(policy, roles, config.lora_rank, config.lora_alpha, config.seed)
@@ -263,6 +264,16 @@ def make_models(policy, config):
     critic_optimizer = adam(trained(critic, "critic"), config.critic_lr, config) if ppo else None
     return Models(policy, reference, critic, adam(trained(policy, "policy"), config.lr, config), critic_optimizer)
 
+def fuse_norms(policy):
+    """Compute each RMS norm of Llama, Qwen2 and Qwen3 in one kernel, in place. As transformers writes it, a norm is six
+    kernels, and a decoding step spends more on starting such small kernels than on reading the weights of a layer."""
+    for layer in policy.modules():
+        if type(layer).__name__.endswith("RMSNorm") and hasattr(layer, "variance_epsilon"):
+            layer.forward = types.MethodType(rms_norm, layer)
+
+def rms_norm(layer, x):
+    return torch.nn.functional.rms_norm(x, layer.weight.shape, layer.weight, layer.variance_epsilon)
+
 def recomputed(layer, *args, **kwargs):
     """forward() of a decoder layer that keeps only its input; the backward pass computes the rest again. transformers
     has this built in for layers in training mode. Ours stay in eval mode, because dropout would make old and new
@@ -277,15 +288,22 @@ def recomputed(layer, *args, **kwargs):
 # Temporary memory, grouped by the moment that holds it. Everything else is held all the time.
 MOMENTS = {
     "writing rollouts": ("a block", "sampling"),
-    "log-probs in the update": ("gradients", "activations", "log-probs"),
-    "one layer in the update": ("gradients", "activations", "one layer"),
+    "log-probs in the update": ("gradients", "head's gradient", "activations", "log-probs"),
+    "one layer in the update": ("gradients", "head's gradient", "activations", "one layer"),
 }
+# What a card holds beside tensors. From public reports, not measured by us: CUDA's context with torch's kernels;
+# cuBLAS, up to 32 MiB a stream; a graph, 64 KB a kernel [vLLM PR 11349]; e5-base in fp16, at work.
+CONTEXT, WORKSPACES, GRAPH_NODE, ENCODER = 500 * 2**20, 3 * 32 * 2**20, 64 * 2**10, 300 * 2**20
+GRAPHS = 12  # at most, of one set of slots [engine.decode]
+STEP_KERNELS, ADAPTER_KERNELS = 26, 14  # of a decoding step, a layer; counted in tests/test_gpu.py
 
-def predict_memory(policy, config):
+def predict_memory(policy, config, index_bytes=0):
     """A causal LM as it was loaded, and the Config -> {what: bytes} that the run will hold. Weights, adapters, masters
-    and Adam are exact; keys, values and activations are those of the longest rollouts that max_length allows."""
+    and Adam are exact; keys, values and activations are those of the longest rollouts that max_length allows.
+    index_bytes: what the search index takes on the card."""
     c, e = policy.config, policy.dtype.itemsize
     device = "cuda" if policy.device.type == "meta" else policy.device.type  # a model without memory: plan for a card
+    on_card = device == "cuda"
     D, I, V, H, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.num_hidden_layers
     head_dim = getattr(c, "head_dim", None) or D // H
     q, kv = H * head_dim, (getattr(c, "num_key_value_heads", None) or H) * head_dim
@@ -313,15 +331,16 @@ def predict_memory(policy, config):
     once = layer * config.gradient_checkpointing + e * (3 * I + 2 * D)
     tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: at least one row
     # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), rows in
-    # e, their gradient in fp32 and in e. A trained lm_head has a gradient, too, and if tied so has the embedding.
+    # e, their gradient in fp32 and in e.
     one_slice = 4 * tokens * default_chunk(tokens, V, device)
-    logits = one_slice * (1 + e / 4 if device == "cuda" else 4) + tokens * D * (4 + 3 * e)
-    logits += 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings))
+    logits = one_slice * (1 + e / 4 if on_card else 4) + tokens * D * (4 + 3 * e)
     logits += tokens * D * e * (config.kl_in == "loss")  # the reference's hidden states
 
     slots = config.slots or config.batch_size * config.group_size
     # A block of passages on its way through a layer [engine.feed]: keys and values of its rows, gathered and repeated
     # for all heads (FEED_TOKENS columns), and the MLP's parts (as many ids at most, if all of them are prompts).
+    sets = 1 + (config.algo == "rejection")  # of slots: rejection sampling has a second one, of the base model
+    kernels = layers * (STEP_KERNELS + ADAPTER_KERNELS * lora) + 20
     block = e * min(FEED_TOKENS, slots * config.max_length) * (2 * kv + 2 * q + 3 * I + 4 * D)
     return {
         "weights": e * numbers(policy),
@@ -332,10 +351,17 @@ def predict_memory(policy, config):
         "fp32 masters": 4 * count if e != 4 else 0,
         "Adam": 8 * (count + head) + 4 * tensors,  # two means, and the number of steps
         "gradients": 4 * (count + head),
-        # Held through the update, because graphs point to them. Rejection sampling has a second set, of the base model.
-        "keys and values": slots * (config.max_length + 1) * layers * 2 * kv * e * (1 + (config.algo == "rejection")),
+        # Held through the update, because graphs point to them.
+        "keys and values": slots * (config.max_length + 1) * layers * 2 * kv * e * sets,
+        "CUDA graphs": sets * GRAPHS * kernels * GRAPH_NODE * (on_card and not config.no_cuda_graphs),
+        "context, workspaces": (CONTEXT + WORKSPACES) * on_card,
+        "encoder": ENCODER * (on_card and bool(config.corpus) and config.encoder != "hashed"),
+        "index on the card": index_bytes,
         "a block": block,
-        "sampling": slots * V * (3 * 4 + 8),  # logits, log-probs, probabilities; their sums in float64
+        # logits, scaled, log-probs, probabilities (also as float64), their sums in float64
+        "sampling": slots * V * (4 * 4 + 2 * 8),
+        # Of a trained lm_head, and if it is tied of the embedding, too: alive until the body's backward pass is over.
+        "head's gradient": 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings)),
         "activations": tokens * kept,
         "log-probs": int(logits),
         "one layer": tokens * once,
@@ -355,6 +381,11 @@ def memory_table(memory):
     peak, moment = predicted_peak(memory)
     lines = [f"  {name:20}{size(count):>12}" for name, count in memory.items() if count]
     return "\n".join(["memory, predicted:", *lines, f"  {'at the most':20}{size(peak):>12}   ({moment})"])
+
+def used_bytes(device):
+    """What a card has lent to all programs at this moment, context and graphs included; 0 elsewhere."""
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    return total - free
 
 def peak_bytes(device):
     """The most that this process has held so far: on CUDA in tensors, elsewhere as resident memory."""

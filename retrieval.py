@@ -10,13 +10,13 @@ The smallest engine needs no model and is built in memory in a second: hashed wo
 
     1. passages     PassageFile                          rows of a file, read from disk on demand
     2. encoders     HashedEncoder, TransformerEncoder    text -> unit vector
-    3. rankers      Dense, BM25, Reranker                by vectors, by words, by reading query and passage together
+    3. rankers      Dense, BM25                          by vectors, by words (course/rerank.py has a third)
     4. R            SearchEngine                         passages and a ranker behind the one call
     5. on disk      build, load_engine                   python retrieval.py build PASSAGES.jsonl --output DIR
     6. over HTTP    Server, HttpEngine, engine_from      python retrieval.py serve DIR
 
 A ranker is anything with rank(queries, k) -> (scores [S, k] fp32, rows [S, k] int64), best first, row -1 where nothing
-was found. Shapes: N passages, S queries in flight, E embedding, K top-k, C candidates, L tokens.
+was found. Shapes: N passages, S queries in flight, E embedding, K top-k, L tokens.
 """
 
 import argparse
@@ -48,16 +48,14 @@ from tqdm import tqdm
 
 WORD = re.compile(r"\w+")
 INDEXES = ("Flat", "HNSW", "IVF-SQ8", "IVF-SQ4", "IVF-PQ")
-# PITFALL: an encoder must be asked the way it was trained. The wrong prefix or pooling costs recall silently.
-# The first row whose key is in the model's name: pooling, prefix of a query, prefix of a passage.
-ENCODERS = {
+ASKED = ("pooling", "query_prefix", "passage_prefix")
+ENCODERS = {  # PITFALL: an encoder must be asked as it was trained. A wrong prefix or pooling costs recall silently.
     "e5": ("mean", "query: ", "passage: "),  # model card of intfloat/e5-base-v2, the paper's retriever
     "bge": ("cls", "Represent this sentence for searching relevant passages: ", ""),  # card of BAAI/bge-base-en-v1.5
-    "": ("mean", "", ""),  # model card of sentence-transformers/all-MiniLM-L6-v2, and most others
+    "mean": ("mean", "", ""),  # model card of sentence-transformers/all-MiniLM-L6-v2, and most others
 }
 PROBE = "which encoder is this"  # the manifest keeps its vector: another encoder under the same name is noticed
 MAX_BODY, MAX_QUERIES, MAX_TOP_K = 2**24, 8192, 100  # what the server accepts; the paper's batch is 512 * 5 queries
-ROUTES = "only GET /health and POST /retrieve are answered"
 
 class SearchFailed(Exception):
     """The search engine cannot be reached or answers nonsense. An empty result instead would be trained on."""
@@ -118,24 +116,19 @@ def parse_passage(line, where):
         raise ValueError(f'{where}: passage {passage.id!r} has no text after the title line of "contents"')
     return passage
 
-def scan_passages(path, skip_bad=False):
-    """Check every line of a corpus -> (byte offsets of its passages, int64 [N]; number of bad lines skipped).
-    ValueError with file and line if a line is no passage or repeats an id, unless skip_bad."""
-    offsets, seen, skipped = array("q"), set(), 0
+def scan_passages(path):
+    """Check every line of a corpus -> byte offsets of its passages, int64 [N].
+    ValueError with file and line if a line is no passage or repeats an id."""
+    offsets, seen = array("q"), set()
     for number, position, line in numbered_lines(path):
-        try:
-            id = parse_passage(line, f"{path} line {number}").id
-            if hash(id) in seen:  # 64 bits instead of the string: 21 million ids take less than 2 GB
-                raise ValueError(f"{path} line {number}: id {id!r} appears a second time")
-            seen.add(hash(id))
-            offsets.append(position)
-        except ValueError:
-            if not skip_bad:
-                raise
-            skipped += 1
+        id = parse_passage(line, f"{path} line {number}").id
+        if hash(id) in seen:  # 64 bits instead of the string: 21 million ids take less than 2 GB
+            raise ValueError(f"{path} line {number}: id {id!r} appears a second time")
+        seen.add(hash(id))
+        offsets.append(position)
     if not offsets:
         raise ValueError(f"{path}: no passages in this file")
-    return np.frombuffer(offsets, np.int64), skipped
+    return np.frombuffer(offsets, np.int64)
 
 class PassageFile(Sequence):
     """The passages of a corpus by row, read from disk on demand: 8 bytes of memory a passage, however long it is."""
@@ -154,27 +147,27 @@ class PassageFile(Sequence):
             return parse_passage(self.file.readline(), f"{self.file.name} row {row}")
 
 def load_passages(path):
-    """JSON lines `{"id": ..., "contents": "\\"Title\\"\\ntext"}` -> PassageFile. ValueError if a line is no passage.
-    A gzipped file cannot be read by row, so it is unpacked beside itself first (x.jsonl.gz -> x.jsonl)."""
-    path = Path(path)
-    if path.suffix == ".gz":
-        path = unpack(path, path.with_suffix(""))
-    return PassageFile(path, scan_passages(path)[0])
+    """JSON lines `{"id": ..., "contents": "\\"Title\\"\\ntext"}` -> PassageFile. ValueError if a line is no passage."""
+    path = unpacked(Path(path))
+    return PassageFile(path, scan_passages(path))
 
-def unpack(packed, path):
-    """Gunzip `packed` to `path`, unless that is up to date -> path. ValueError if `packed` is not a whole gzip file.
-    The official wiki-18.jsonl.gz is said to be a tar archive despite its name: its first file is taken."""
-    if path.exists() and path.stat().st_mtime >= packed.stat().st_mtime:
+def unpacked(path):
+    """x.jsonl.gz -> x.jsonl beside it, made unless it is up to date: a gzipped file cannot be read by row. Any other
+    path is returned as it is. ValueError if it is not a whole gzip file."""
+    if path.suffix != ".gz":
         return path
+    plain = path.with_suffix("")
+    if plain.exists() and plain.stat().st_mtime >= path.stat().st_mtime:
+        return plain
     try:
-        with gzip.open(packed, "rb") as source, written_whole(path, "wb") as target:
-            if source.peek(512)[257:262] == b"ustar":  # the mark of a tar archive
+        with gzip.open(path, "rb") as source, written_whole(plain, "wb") as target:
+            if source.peek(512)[257:262] == b"ustar":  # PITFALL: the official wiki-18.jsonl.gz is a tar archive
                 archive = tarfile.open(fileobj=source, mode="r|")
                 source = next((archive.extractfile(member) for member in archive if member.isfile()), source)
             shutil.copyfileobj(source, target, 2**20)
     except (gzip.BadGzipFile, EOFError, tarfile.ReadError) as error:
-        raise ValueError(f"{packed}: not a whole gzip file ({error})") from None
-    return path
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
+    return plain
 
 # ----- 2. Encoders -----
 
@@ -221,28 +214,28 @@ class HashedEncoder:
 class TransformerEncoder:
     """Text -> unit vector [E] fp32, with any encoder that transformers loads from a folder or the hub."""
 
-    def __init__(self, model, pooling=None, query_prefix=None, passage_prefix=None, max_length=256):
+    def __init__(self, model, asked=()):
+        """asked: a row of ENCODERS, by default that whose key is in the model's name."""
         import torch  # here, so that the hashed engine starts without it
         from transformers import AutoModel, AutoTokenizer
-        preset = next(row for key, row in ENCODERS.items() if key in Path(model).name.lower())
-        given = (pooling, query_prefix, passage_prefix)
-        self.pooling, self.query_prefix, self.passage_prefix = (p if g is None else g for g, p in zip(given, preset))
+        like = next((key for key in ENCODERS if key in Path(model).name.lower()), "mean")
+        asked = asked or ENCODERS[like]
+        self.pooling, self.query_prefix, self.passage_prefix = asked
         self.device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
         try:
             self.model = AutoModel.from_pretrained(model, dtype=dtype).to(self.device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise ValueError(f"no encoder could be loaded from {model}: {str(error).strip().splitlines()[0]}") from None
-        self.dim, self.max_length = self.model.config.hidden_size, max_length
-        asked = {"pooling": self.pooling, "query_prefix": self.query_prefix, "passage_prefix": self.passage_prefix}
-        self.settings = {"encoder": str(model), **asked, "max_length": max_length}
+        self.dim = self.model.config.hidden_size
+        self.settings = {"encoder": str(model), **dict(zip(ASKED, asked)), "max_length": 256}
 
     def encode(self, texts, batch_size=64):
         """list of S str -> [S, E] fp32 of norm 1. Texts of similar length share a batch: less padding."""
         import torch
         out_SE = np.empty((len(texts), self.dim), np.float32)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        options = dict(padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        options = dict(padding=True, truncation=True, max_length=self.settings["max_length"], return_tensors="pt")
         for start in range(0, len(texts), batch_size):
             rows = order[start : start + batch_size]
             batch = self.tokenizer([texts[i] for i in rows], **options).to(self.device)
@@ -319,11 +312,16 @@ class BM25:
     Lucene's formula and Pyserini's parameters (k1 0.9, b 0.4), as in the official BM25 server. Word w owns the
     slice [starts[w], starts[w+1]) of the arrays rows and weights. They take 12 GB for 21 million passages."""
 
-    def __init__(self, passages=(), k1=0.9, b=0.4, arrays=None):
-        if arrays:
-            self.vocabulary, self.starts, self.rows, self.weights, self.n = arrays
+    def __init__(self, passages, file=None, k1=0.9, b=0.4):
+        """Count the words of the passages. `file` keeps the arrays: if it is there already, they are read from it."""
+        self.n = len(passages)
+        if file and file.exists():
+            with np.load(file) as saved:
+                self.starts, self.rows, self.weights = saved["starts"], saved["rows"], saved["weights"]
+                vocabulary = saved["vocabulary"].tobytes().decode().split("\n")
+            self.vocabulary = {word: i for i, word in enumerate(vocabulary)}
             return
-        self.vocabulary, self.n, word_ids, rows, counts = {}, len(passages), array("i"), array("i"), array("i")
+        self.vocabulary, word_ids, rows, counts = {}, array("i"), array("i"), array("i")
         lengths = np.zeros(self.n, np.float32)
         for row, passage in enumerate(tqdm(passages, desc="counting words", delay=2)):
             found = Counter(words(HashedEncoder.text(passage)))
@@ -340,6 +338,10 @@ class BM25:
         self.rows, tf = rows[order], counts[order].astype(np.float32)
         norm = k1 * (1 - b + b * lengths / lengths.mean())
         self.weights = (idf[word_ids[order]] * tf / (tf + norm[self.rows])).astype(np.float32)
+        if file:
+            vocabulary = np.frombuffer("\n".join(self.vocabulary).encode(), np.uint8)
+            with written_whole(file, "wb") as out:
+                np.savez(out, vocabulary=vocabulary, starts=self.starts, rows=self.rows, weights=self.weights, n=self.n)
 
     def rank(self, queries, k):
         scores_SK, rows_SK = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1)
@@ -355,41 +357,6 @@ class BM25:
             best = best[score_N[best] > 0]
             scores_SK[i, : len(best)], rows_SK[i, : len(best)] = score_N[best], best
         return scores_SK, rows_SK
-
-    def save(self, path):
-        vocabulary = np.frombuffer("\n".join(self.vocabulary).encode(), np.uint8)
-        with written_whole(path, "wb") as file:
-            np.savez(file, vocabulary=vocabulary, starts=self.starts, rows=self.rows, weights=self.weights, n=self.n)
-
-    @staticmethod
-    def load(path):
-        with np.load(path) as saved:
-            vocabulary = {word: i for i, word in enumerate(saved["vocabulary"].tobytes().decode().split("\n"))}
-            return BM25(arrays=(vocabulary, saved["starts"], saved["rows"], saved["weights"], int(saved["n"])))
-
-class Reranker:
-    """A cross-encoder reads query and passage together and reorders the best `candidates` of another ranker."""
-
-    def __init__(self, ranker, passages, model, candidates=10):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        self.ranker, self.passages, self.candidates = ranker, passages, candidates
-        self.model = AutoModelForSequenceClassification.from_pretrained(model).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-
-    def rank(self, queries, k):
-        import torch
-        _, rows_SC = self.ranker.rank(queries, max(k, self.candidates))
-        scores_SC = np.full(rows_SC.shape, -np.inf, np.float32)
-        options = dict(padding=True, truncation="only_second", max_length=512, return_tensors="pt")
-        # PITFALL: pair a query with its own candidates only. The official server pairs it with those of all queries.
-        for query, rows_C, scores_C in zip(queries, rows_SC, scores_SC):
-            texts = [HashedEncoder.text(self.passages[row]) for row in rows_C if row >= 0]
-            if texts:
-                pairs = self.tokenizer([query] * len(texts), texts, **options)
-                with torch.no_grad():
-                    scores_C[: len(texts)] = self.model(**pairs).logits[:, -1].numpy()
-        order = np.argsort(-scores_SC, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores_SC, order, 1), np.take_along_axis(rows_SC, order, 1)
 
 # ----- 4. The engine -----
 
@@ -442,16 +409,13 @@ def checksum(path, offsets):
 def make_encoder(settings, passages, weight_file):
     """Settings of a manifest -> encoder. The hashed one reads its word weights from weight_file, or makes that file."""
     if settings["encoder"] != "hashed":
-        given = [settings.get(name) for name in ("pooling", "query_prefix", "passage_prefix")]
-        return TransformerEncoder(settings["encoder"], *given)
-    if weight_file.exists():
-        return HashedEncoder(weight=json.loads(weight_file.read_text()))
-    encoder = HashedEncoder(tqdm(passages, desc="counting words", delay=2))
-    with written_whole(weight_file) as file:
-        json.dump(encoder.weight, file)
-    return encoder
+        return TransformerEncoder(settings["encoder"], [settings[name] for name in ASKED if name in settings])
+    if not weight_file.exists():
+        with written_whole(weight_file) as file:
+            json.dump(HashedEncoder(tqdm(passages, desc="counting words", delay=2)).weight, file)
+    return HashedEncoder(weight=json.loads(weight_file.read_text()))
 
-def build(corpus, output, settings, index="Flat", skip_bad=False, block=2048):
+def build(corpus, output, settings, index="Flat", block=2048):
     """Corpus file -> folder `output` with manifest.json, offsets.npy and index.faiss (or bm25.npz). It is made as
     output.partial and renamed at the end. Run again with the same arguments, build continues where it was killed.
     ValueError if output exists, or if output.partial has embeddings made with other arguments."""
@@ -459,8 +423,7 @@ def build(corpus, output, settings, index="Flat", skip_bad=False, block=2048):
     work = output.with_name(output.name + ".partial")
     if output.exists():
         raise ValueError(f"{output} exists already: remove it, or build into another folder")
-    source = {"corpus": str(corpus), "size": corpus.stat().st_size, "changed": corpus.stat().st_mtime_ns}
-    job = source | {"index": index, "skip_bad": skip_bad} | settings
+    job = {"corpus": str(corpus), "changed": corpus.stat().st_mtime_ns, "index": index} | settings
     if (work / "job.json").exists() and json.loads((work / "job.json").read_text()) != job:
         if (work / "done.json").exists():
             raise ValueError(f"{work} holds unfinished work on something else, or on a corpus changed since: remove it")
@@ -469,26 +432,21 @@ def build(corpus, output, settings, index="Flat", skip_bad=False, block=2048):
     with written_whole(work / "job.json") as file:
         json.dump(job, file)
     if not (work / "manifest.json").exists():
-        make_folder(work, corpus, settings, index, skip_bad, block)
+        make_folder(work, corpus, settings, index, block)
     (work / "embeddings.npy").unlink(missing_ok=True)
     os.replace(work, output)
 
-def make_folder(work, corpus, settings, index, skip_bad, block):
+def make_folder(work, corpus, settings, index, block):
     """The steps of build, manifest last. What an earlier run has finished is kept."""
-    if corpus.suffix == ".gz":
-        corpus = unpack(corpus, work / "passages.jsonl")
+    corpus = unpacked(corpus)
     if not (work / "offsets.npy").exists():
-        offsets, skipped = scan_passages(corpus, skip_bad)
-        if skipped:
-            print(f"{skipped} bad lines left out, {len(offsets)} passages kept")
         with written_whole(work / "offsets.npy", "wb") as file:
-            np.save(file, offsets)
+            np.save(file, scan_passages(corpus))
     passages = PassageFile(corpus, np.load(work / "offsets.npy"))
-    n = len(passages)
-    place = corpus.name if corpus.parent == work else str(corpus)  # an unpacked corpus moves with the folder
-    manifest = {"corpus": place, "n": n, "checksum": checksum(corpus, passages.offsets), "index": index} | settings
+    n, digest = len(passages), checksum(corpus, passages.offsets)
+    manifest = {"corpus": str(corpus), "n": n, "checksum": digest, "index": index} | settings
     if settings["encoder"] == "bm25":
-        BM25(passages).save(work / "bm25.npz")
+        BM25(passages, work / "bm25.npz")
     else:
         encoder = make_encoder(settings, passages, work / "words.json")
         factory, search, size = plan_index(index, n, encoder.dim)
@@ -498,14 +456,13 @@ def make_folder(work, corpus, settings, index, skip_bad, block):
         done_file, shape = work / "done.json", (n, encoder.dim)
         done = json.loads(done_file.read_text()) if done_file.exists() else 0  # rows that are safe on disk
         vectors_NE = np.lib.format.open_memmap(work / "embeddings.npy", "r+" if done else "w+", np.float32, shape)
-        with tqdm(total=n, initial=done, desc="encoding", unit=" passages") as bar:
-            for start in range(done, n, block):  # the same blocks as without a kill: the same batches and rounding
-                end = min(start + block, n)
-                vectors_NE[start:end] = encoder.encode_passages([passages[row] for row in range(start, end)])
-                vectors_NE.flush()
-                with written_whole(done_file) as file:
-                    json.dump(end, file)
-                bar.update(end - start)
+        # The same blocks as without a kill: the same batches and rounding.
+        for start in tqdm(range(done, n, block), desc="encoding", unit=" passages", unit_scale=block):
+            end = min(start + block, n)
+            vectors_NE[start:end] = encoder.encode_passages([passages[row] for row in range(start, end)])
+            vectors_NE.flush()
+            with written_whole(done_file) as file:
+                json.dump(end, file)
         faiss.write_index(make_index(index, vectors_NE), str(work / "index.faiss"))
         probe = encoder.encode_queries([PROBE])[0, :8].tolist()
         manifest |= encoder.settings | {"dim": encoder.dim, "probe": probe}
@@ -520,20 +477,15 @@ def load_engine(folder, bm25=False):
         raise ValueError(f"{folder} holds no index (no manifest.json); python retrieval.py build makes one")
     manifest = json.loads((folder / "manifest.json").read_text())
     corpus, offsets = folder / manifest["corpus"], np.load(folder / "offsets.npy")
-    if not corpus.exists():
-        raise ValueError(f"{folder}: its passages {corpus} are gone: put them back, or build again")
     if checksum(corpus, offsets) != manifest["checksum"]:
         raise ValueError(f"{folder}: {corpus} is not the file that was indexed, its rows would be wrong: build again")
     passages = PassageFile(corpus, offsets)
     if bm25 or manifest["encoder"] == "bm25":
-        if not (folder / "bm25.npz").exists():
-            BM25(passages).save(folder / "bm25.npz")
-        return SearchEngine(passages, BM25.load(folder / "bm25.npz"))
+        return SearchEngine(passages, BM25(passages, folder / "bm25.npz"))
     encoder = make_encoder(manifest, passages, folder / "words.json")
     index = faiss.read_index(str(folder / "index.faiss"))
-    held, wanted = f"{index.ntotal} x {index.d}", f"{len(passages)} x {encoder.dim}"
-    if held != wanted:
-        raise ValueError(f"{folder}: index.faiss holds {held}, passages and encoder say {wanted}")
+    if (index.ntotal, index.d) != (len(passages), encoder.dim):
+        raise ValueError(f"{folder}: index.faiss holds {index.ntotal} x {index.d}, not {len(passages)} x {encoder.dim}")
     if not np.allclose(encoder.encode_queries([PROBE])[0, :8], manifest["probe"], atol=0.01):
         raise ValueError(f"{folder}: {manifest['encoder']} is not the encoder that made this index")
     return SearchEngine(passages, Dense(encoder, index))
@@ -541,77 +493,61 @@ def load_engine(folder, bm25=False):
 # ----- 6. Over HTTP: the protocol of the official retrieval server -----
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version, timeout = "HTTP/1.1", 30  # a thread waits at most 30 s for a body that never arrives
+    timeout = 30  # seconds that a thread waits for a body that never arrives
     wbufsize = -1  # headers and body leave together
     log_message = lambda *_: None  # one line a request would be thousands a step
-
-    def do_GET(self):
-        if self.path == "/health":
-            self.reply(200, {"status": "ok", "passages": len(self.server.engine.passages)})
-        else:
-            self.reply(404, {"error": ROUTES})
 
     def do_POST(self):
         """{"queries": [str], "topk": int, "return_scores": bool} -> {"result": one list a query}, or {"error": why}."""
         length = self.headers.get("Content-Length", "")
         if self.path != "/retrieve":
-            return self.refuse(ROUTES, 404)
+            return self.reply(404, error="only POST /retrieve is answered")
         if not length.isdecimal():
-            return self.refuse("a Content-Length is needed", 411)
+            return self.reply(411, error="a Content-Length is needed")
         if int(length) > MAX_BODY:
-            return self.refuse(f"the body is over {MAX_BODY} bytes", 413)
+            return self.reply(413, error=f"the body is over {MAX_BODY} bytes")
         try:
             request = json.loads(self.rfile.read(int(length)))  # a body that is cut short is no JSON, either
         except (ValueError, RecursionError):
-            return self.refuse("the body is not JSON")
-        if not isinstance(request, dict):
-            return self.refuse("the body is not a JSON object")
-        queries = [request["query"]] if "query" in request else request.get("queries")  # SkyRL sends one string
-        if not isinstance(queries, list) or not all(isinstance(q, str) for q in queries):
-            return self.refuse('"queries" must be a list of strings (or "query" a string)')
+            return self.reply(400, error="the body is not JSON")
+        queries = request.get("queries", [request.get("query")]) if isinstance(request, dict) else None
+        if not isinstance(queries, list) or not all(isinstance(q, str) for q in queries):  # SkyRL sends one "query"
+            return self.reply(400, error='the body is not a JSON object with "queries", a list of strings, or "query"')
         if len(queries) > MAX_QUERIES:
-            return self.refuse(f"{len(queries)} queries; at most {MAX_QUERIES} at once")
-        top_k, scores = request.get("topk"), request.get("return_scores", False)
-        if top_k is not None and (type(top_k) is not int or not 0 <= top_k <= MAX_TOP_K):  # a bool is an int, too
-            return self.refuse(f'"topk" must be a whole number up to {MAX_TOP_K}, or null')
+            return self.reply(400, error=f"{len(queries)} queries; at most {MAX_QUERIES} at once")
+        top_k, scores = request.get("topk") or self.server.top_k, request.get("return_scores", False)
+        if type(top_k) is not int or not 1 <= top_k <= MAX_TOP_K:  # a bool is an int, too
+            return self.reply(400, error=f'"topk" must be a whole number up to {MAX_TOP_K}, or null')
         if type(scores) is not bool:
-            return self.refuse('"return_scores" must be true or false')
+            return self.reply(400, error='"return_scores" must be true or false')
         try:
-            found = self.server.engine.search_scores(queries, top_k or self.server.top_k)  # 0 means absent, too
+            found = self.server.engine.search_scores(queries, top_k)
         except Exception as error:  # whatever breaks in the engine becomes a 500, and the server lives on
             print(f"search failed: {error!r}", file=sys.stderr)
-            return self.refuse(f"search failed: {type(error).__name__}", 500)
+            return self.reply(500, error=f"search failed: {type(error).__name__}")
         document = lambda p: {"id": p.id, "contents": p.contents}
         answer = lambda p, score: {"document": document(p), "score": score} if scores else document(p)
-        self.reply(200, {"result": [[answer(p, score) for p, score in pairs] for pairs in found]})
+        self.reply(200, result=[[answer(p, score) for p, score in pairs] for pairs in found])
 
-    def refuse(self, why, status=400):
-        self.close_connection = True  # the rest of the request may be unread
-        self.reply(status, {"error": why})
-
-    def reply(self, status, value):
-        body = json.dumps(value).encode()
+    def reply(self, status, **answer):
+        body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 
 class Server(ThreadingHTTPServer):
     """One thread a connection. The engine's lock lets one search run at a time, which uses all cores by itself."""
 
-    daemon_threads, request_queue_size = True, 128
+    request_queue_size = 128
 
     def __init__(self, engine, host="127.0.0.1", port=8000, top_k=3):
         super().__init__((host, port), Handler)
         self.engine, self.top_k = engine, top_k
 
     def handle_error(self, request, address):
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, TimeoutError)):  # a client that hung up is no news
-            print(f"request from {address[0]}: {error!r}", file=sys.stderr)
+        print(f"request from {address[0]}: {sys.exc_info()[1]!r}", file=sys.stderr)  # one line, no traceback
 
 class HttpEngine(SearchEngine):
     """R at an address: any server that answers POST /retrieve as the official one does. Only search() is inherited."""
@@ -627,9 +563,8 @@ class HttpEngine(SearchEngine):
             return [[] for _ in queries]
         body = json.dumps({"queries": asked, "topk": top_k, "return_scores": True}).encode()
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(self.wait * 2 ** (attempt - 1))
+        for pause in [0.0] + [self.wait * 2**i for i in range(self.attempts - 1)]:
+            time.sleep(pause)
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
                     found = dict(zip(asked, self.read(json.load(response), len(asked), top_k)))
@@ -644,9 +579,6 @@ class HttpEngine(SearchEngine):
 
     def read(self, answer, count, top_k):
         """The JSON of an answer -> lists of (Passage, score). SearchFailed if it is not one list for each query."""
-        lists = answer.get("result") if isinstance(answer, dict) else None
-        if not isinstance(lists, list) or len(lists) != count or not all(isinstance(found, list) for found in lists):
-            raise SearchFailed(f'{self.url}: "result" is not a list of {count} lists: {str(answer)[:100]}')
 
         def scored(item):
             document = item.get("document", item)  # without scores the documents stand alone
@@ -654,9 +586,13 @@ class HttpEngine(SearchEngine):
             return passage, float(item.get("score", "nan"))
 
         try:
+            lists = answer["result"]
+            if len(lists) != count or not all(isinstance(found, list) for found in lists):
+                raise ValueError
             return [[scored(item) for item in found[:top_k]] for found in lists]
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise SearchFailed(f'{self.url}: a document without "contents": {str(lists)[:100]}') from None
+            what = f"not a list of {count} lists of documents"
+            raise SearchFailed(f'{self.url}: "result" is {what}: {str(answer)[:100]}') from None
 
 def engine_from(where):
     """FILE of passages (indexed in memory), DIR of an index, bm25:FILE, bm25:DIR, or the URL of a server -> engine."""
@@ -675,38 +611,29 @@ def main(argv=None):
     p.add_argument("passages", help="JSON lines with id and contents, .gz allowed")
     p.add_argument("--output", required=True, metavar="DIR")
     p.add_argument("--encoder", default="hashed", help="hashed, bm25, folder or hub id of an encoder (default: hashed)")
+    p.add_argument("--like", choices=ENCODERS, help="prefixes and pooling of the encoder (default: by its name)")
     p.add_argument("--index", default="Flat", help=f"{', '.join(INDEXES)}, or a FAISS factory string (default: Flat)")
-    p.add_argument("--pooling", choices=("mean", "cls"), help="default: by the encoder's name")
-    p.add_argument("--query-prefix", help="likewise")
-    p.add_argument("--passage-prefix", help="likewise")
-    p.add_argument("--skip-bad", action="store_true", help="leave out bad lines and count them")
     query = commands.add_parser("query", help="print the passages found for a question")
     serve = commands.add_parser("serve", help="answer POST /retrieve")
     for p in (query, serve):
-        p.add_argument("where", help="DIR of an index, FILE of passages, bm25: and either; query: also a server's URL")
+        p.add_argument("where", help="DIR of an index, FILE of passages, bm25: and either, or the URL of a server")
         p.add_argument("--top-k", type=int, default=3)
-        p.add_argument("--rerank", metavar="MODEL", help="cross-encoder, folder or hub id")
     query.add_argument("question")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
     args = parser.parse_args(argv)
     if args.command == "build":
-        given = {name: getattr(args, name) for name in ("encoder", "pooling", "query_prefix", "passage_prefix")}
-        settings = {name: value for name, value in given.items() if value is not None}
-        build(args.passages, args.output, settings, args.index, args.skip_bad)
+        asked = dict(zip(ASKED, ENCODERS[args.like])) if args.like else {}
+        build(args.passages, args.output, {"encoder": args.encoder} | asked, args.index)
         print(f'built {args.output}; try: python retrieval.py query {args.output} "a question"')
         return
     engine = engine_from(args.where)
-    if isinstance(engine, HttpEngine) and (args.rerank or args.command == "serve"):
-        raise ValueError(f"{args.where}: only a DIR, a file or bm25: of them can be served or reranked")
-    if args.rerank:
-        engine = SearchEngine(engine.passages, Reranker(engine.ranker, engine.passages, args.rerank))
     if args.command == "query":
         for passage, score in engine.search_scores([args.question], args.top_k)[0]:
             print(f"{score:8.3f}  {passage.title}  [{passage.id}]\n          {passage.text}\n")
     else:
         server = Server(engine, args.host, args.port, args.top_k)
-        print(f"{len(engine.passages):,} passages at http://{args.host}:{server.server_port}/retrieve", flush=True)
+        print(f"{args.where} answers at http://{args.host}:{server.server_port}/retrieve", flush=True)
         server.serve_forever()
 
 if __name__ == "__main__":

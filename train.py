@@ -24,7 +24,6 @@ Departures, besides those of searchr1.py and models.py (P: from the paper, C: fr
 
 import argparse
 import contextlib
-import functools
 import json
 import random
 import shutil
@@ -67,13 +66,14 @@ class Config:
     corpus: str = flag("", "passage file (JSON lines: id, contents), index DIR, contexts, wiki18, bm25:..., http://...")
     encoder: str = flag("hashed", "indexes contexts and wiki18: hashed, or an encoder (the paper: intfloat/e5-base-v2)")
     output_dir: str = flag("", "folder of the run; empty: outputs/run-<next number>")
-    resume: str = flag("", "folder of a run to continue; without a value --output-dir's, or the newest")
+    resume: str = flag("", "folder of a run to continue")
     device: str = flag("auto", "auto (cuda, else cpu), cpu, cuda or mps")
     dtype: str = flag("auto", "of weights and activations: bf16, fp32, or auto (bf16 with --model on cuda)")
     lora_rank: int = flag(0, "rank of the adapters on one frozen base; 0: full fine-tuning, as in the paper")
     lora_alpha: float = flag(32.0, "an adapter's change counts alpha / rank times")
     gradient_checkpointing: bool = flag(False, "repeat a layer's forward pass in the backward pass; official code: yes")
     slots: int = flag(0, "rollouts in flight at once; bounds memory; 0: all of a step")
+    no_cuda_graphs: bool = flag(False, "start the kernels of a decoding step one by one, if graphs make trouble")
     steps: int = flag(100, "RL steps; the paper: 500")
     batch_size: int = flag(48, "questions a step, Q; the paper: 512")
     group_size: int = flag(5, "rollouts a question, G; the paper: 5 (GRPO), 1 (PPO)")
@@ -125,74 +125,72 @@ FINE_TUNING = ("sft", "rejection")  # the paper's baselines that imitate; all ot
 
 # ----- 2. The loop -----
 
-def train(config, policy, task, bytes_before=0):
-    """The outer loop; its results are in OUTPUT_DIR. bytes_before: peak_bytes() before the model was loaded."""
+def train(config, policy, task):
+    """The outer loop. What it leaves behind lies in OUTPUT_DIR."""
     out, device = Path(config.output_dir), policy.device
-    memory = predict_memory(policy, config)
-    print(memory_table(memory))
-    with ending(["loading"], config):
-        models = make_models(policy.eval(), config)  # eval mode: dropout would make old and new log-probs differ
-    slots = Slots(policy, config.slots or config.batch_size * config.group_size, config.max_length)
+    models = make_models(policy.eval(), config)  # eval mode: dropout would make old and new log-probs differ
+    count = config.slots or config.batch_size * config.group_size
+    new_slots = lambda: Slots(policy, count, config.max_length, graphs=not config.no_cuda_graphs)
+    slots = new_slots()
     writer, part, writer_slots = policy, "policy", slots
     if config.algo == "rejection":  # [D17]; in slots of its own, since a captured decoding step knows one role
-        writer, part, writer_slots = models.reference, None, Slots(policy, len(slots.lengths), config.max_length)
+        writer, part, writer_slots = models.reference, None, new_slots()
     start = restore(models, config) if config.resume else first_evaluation(config, policy, task, slots)
 
-    with stop_at_step_end() as stop, tqdm(initial=start, total=config.steps, desc=config.algo) as bar:
+    bar = tqdm(initial=start, total=config.steps, desc=config.algo)
+    with stop_at_step_end() as stop, bar, rescue(models, task, config):
         for step in range(start + 1, config.steps + 1):
             # All randomness of a step comes from the seed and its number: a resumed run repeats and skips nothing.
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
             rng = random.Random(f"{config.seed} step {step}")
             began = time.perf_counter()
-            with rescue(step, models, task, config) as doing:
-                # Phase 1. Questions.
-                questions = task.draw(step)
 
-                # Phase 2. Rollouts [Alg. 1], those of a group in a row: a group is known by its place in the batch.
-                doing.append("the rollouts")
-                with role(writer, part):
-                    rollouts = gold_examples(questions, task.tokenizer) if config.algo == "sft" else rollout(
-                        writer, task.tokenizer, questions, task.search, config.settings, config.group_size,
-                        config.temperature, generator, writer_slots,
-                    )  # fmt: skip
-                rolled_out = time.perf_counter()
+            # Phase 1. Questions.
+            questions = task.draw(step)
 
-                # Phase 3. Rewards [Eq. 4].
-                doing.append("the log-probs")
-                rewards_B, em_B = rewards(rollouts, config, rng)
+            # Phase 2. Rollouts [Alg. 1], those of a group in a row: a group is known by its place in the batch.
+            with role(writer, part):
+                rollouts = gold_examples(questions, task.tokenizer) if config.algo == "sft" else rollout(
+                    writer, task.tokenizer, questions, task.search, config.settings, config.group_size,
+                    config.temperature, generator, writer_slots,
+                )  # fmt: skip
+            rolled_out = time.perf_counter()
 
-                # Phase 4. The batch, log-probs of the reference, values of the critic.
-                batch = collate(rollouts, device, mask_retrieved=not config.no_mask)
-                token_rewards_BT = token_rewards(models, batch, rewards_B, config)
+            # Phase 3. Rewards [Eq. 4].
+            rewards_B, em_B = rewards(rollouts, config, rng)
 
-                # Phase 5. Advantages: the one place where the algorithms differ.
-                if config.algo == "ppo":  # [Eq. 2]
-                    returns = gae(token_rewards_BT, batch.values_BT, batch.mask_BT, config.gamma, config.lam)
-                    batch.advantages_BT, batch.returns_BT = whiten(returns[0], batch.mask_BT), returns[1]
-                else:  # [Eq. 3]
-                    batch = outcome_advantages(batch, token_rewards_BT.sum(1), config)
+            # Phase 4. The batch, log-probs of the reference, values of the critic.
+            batch = collate(rollouts, device, mask_retrieved=not config.no_mask)
+            token_rewards_BT = token_rewards(models, batch, rewards_B, config)
 
-                # Phase 6. Update [Eq. 2, Eq. 3].
-                doing.append("the update")
-                losses = update(models, batch, step, config, rng)
+            # Phase 5. Advantages: the one place where the algorithms differ.
+            if config.algo == "ppo":  # [Eq. 2]
+                returns = gae(token_rewards_BT, batch.values_BT, batch.mask_BT, config.gamma, config.lam)
+                batch.advantages_BT, batch.returns_BT = whiten(returns[0], batch.mask_BT), returns[1]
+            else:  # [Eq. 3]
+                batch = outcome_advantages(batch, token_rewards_BT.sum(1), config)
+
+            # Phase 6. Update [Eq. 2, Eq. 3].
+            losses = update(models, batch, step, config, rng)
 
             # Phase 7. Log.
             seconds = {"rollout": rolled_out - began, "update": time.perf_counter() - rolled_out}
-            record = {"step": step} | measure(rollouts, rewards_B, em_B, losses, seconds, config)
-            record["lr"] = config.lr * learning_rate_factor(step, config.warmup_steps, config)
-            if step == start + 1:
-                report_memory(device, bytes_before, memory)
+            record = measure(step, rollouts, rewards_B, em_B, losses, seconds, config)
+            append(out / "samples.jsonl", sample_record(step, rollouts[0], task.tokenizer))
+            bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
 
             # Phase 8. Evaluate and save.
-            metrics, answers, gone = {}, [], None
-            if step % config.eval_every == 0 or step == config.steps:
-                metrics, answers, gone = evaluation(step, policy, task, slots, config)
-            log(out, record | metrics, sample_record(step, rollouts[0], task.tokenizer), bar)
-            if step == config.steps or stop or gone or (config.save_every and step % config.save_every == 0):
+            try:
+                if step % config.eval_every == 0 or step == config.steps:
+                    record |= evaluation(step, policy, task, slots, config)
+            finally:  # a step is done, even if its evaluation fails
+                append(out / "metrics.jsonl", record)
+                bar.update()
+            if step == config.steps or stop or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(step, models, task.tokenizer, config)
-            if gone or (stop and step < config.steps):
-                end_early(step, gone, out, bar)
-    log(out, None, sample_record(config.steps, answers[-1], task.tokenizer))
+            if stop and step < config.steps:
+                tqdm.write(f"stopped after step {step} and saved; continue with: python train.py --resume {out}")
+                sys.exit(130)
 
 # ----- 3. Phases 2 to 5: gold examples, rewards, log-probs and values, advantages without a critic -----
 
@@ -306,6 +304,7 @@ def update(models, batch, step, config, rng):
             group["lr"] = lr * learning_rate_factor(step, warmup_steps, config)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    models.updates = 0  # whole again
     return dict(sums)
 
 def reinforcement_loss(models, part, config):
@@ -345,7 +344,7 @@ def learning_rate_factor(step, warmup_steps, config):
 
 # ----- 5. Phases 7 and 8: logging, evaluating, saving, ending -----
 
-def measure(rollouts, rewards_B, em_B, losses, seconds, config):
+def measure(step, rollouts, rewards_B, em_B, losses, seconds, config):
     """The metrics of a step. Counts are means over all B rollouts; kl, entropy, clip_ratio over trained tokens."""
     mean = lambda values: sum(values) / len(rollouts)
     em_Q = em_B.view(-1, config.group_size).mean(1).tolist()
@@ -354,7 +353,7 @@ def measure(rollouts, rewards_B, em_B, losses, seconds, config):
     equal_Q = rewards_B.view(-1, config.group_size).std(1, correction=0) == 0
     own, response = [sum(r.response_mask) for r in rollouts], [len(r.ids) - r.prompt_length for r in rollouts]
     return {
-        "reward/mean": rewards_B.mean().item(), "reward/std": rewards_B.std(correction=0).item(),
+        "step": step, "reward/mean": rewards_B.mean().item(), "reward/std": rewards_B.std(correction=0).item(),
         "reward/em": em_B.mean().item(), "frac_reward_zero_std": equal_Q.float().mean().item(),
         **{f"reward/em_{hops}hop": sum(ems) / len(ems) for hops, ems in em_of.items()}, **losses,
         "response_length/mean": mean(response), "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
@@ -363,44 +362,31 @@ def measure(rollouts, rewards_B, em_B, losses, seconds, config):
         "env/finish_ratio": mean([r.finished for r in rollouts]), "state_tokens/coverage": sum(own) / sum(response),
         **{f"timing_s/{phase}": value for phase, value in seconds.items()},
         "tokens_per_s": sum(len(r.ids) for r in rollouts) / sum(seconds.values()),
+        "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
     }  # fmt: skip
 
 def evaluation(step, policy, task, slots, config):
-    """Greedy on the held-out sample -> (metrics, rollouts, None), or ({}, [], error) if search engine or memory failed.
-    In the tiny world the first and the last evaluation also sample, on held-out and on training questions."""
+    """Greedy on the held-out sample -> metrics, printed in a line; one conversation is kept in samples.jsonl. In the
+    tiny world the first and the last evaluation also sample, on held-out and on training questions."""
     began, how = time.perf_counter(), (task.search, config.settings, config.method)
-    try:
-        with ending(["the evaluation"], config):
-            metrics, rollouts = evaluate(policy, task.tokenizer, task.held_out, *how, slots=slots)
-            metrics = {f"eval/{name}": value for name, value in metrics.items()}
-            if step in (0, config.steps) and not config.model:
-                generator = torch.Generator(policy.device).manual_seed(step)
-                for name, questions in (("eval", task.held_out), ("train", task.train_sample)):
-                    sampled, _ = evaluate(policy, task.tokenizer, questions, *how, config.temperature, generator, slots)
-                    metrics |= {f"{name}/sampled_{key}": sampled[key] for key in sampled if key.startswith("em")}
-    except (SearchFailed, Mistake) as error:
-        return {}, [], error
-    return metrics | {"timing_s/eval": time.perf_counter() - began}, rollouts, None
-
-def end_early(step, gone, out, bar):
-    """The run ends after a step that is saved: an evaluation failed (gone), or the user asked for it."""
-    bar.close()
-    if gone:
-        how = f"saved after step {step}, which was not evaluated; python train.py --resume {out} goes on"
-        raise type(gone)(f"{gone}; {how}")
-    print(f"stopped after step {step} and saved; continue with: python train.py --resume {out}")
-    sys.exit(130)
+    greedy, rollouts = evaluate(policy, task.tokenizer, task.held_out, *how, slots=slots)
+    metrics = {f"eval/{name}": value for name, value in greedy.items()}
+    if step in (0, config.steps) and not config.model:
+        generator = torch.Generator(policy.device).manual_seed(step)
+        for name, questions in (("eval", task.held_out), ("train", task.train_sample)):
+            sampled, _ = evaluate(policy, task.tokenizer, questions, *how, config.temperature, generator, slots)
+            metrics |= {f"{name}/sampled_{key}": sampled[key] for key in sampled if key.startswith("em")}
+    append(Path(config.output_dir) / "samples.jsonl", sample_record(step, rollouts[-1], task.tokenizer))
+    shown = [f"{name} {metrics[name]:.3f}" for name in metrics if name.startswith(("eval/em", "eval/searches"))]
+    tqdm.write(f"step {step}: {', '.join(shown)}")
+    return metrics | {"timing_s/eval": time.perf_counter() - began}
 
 def first_evaluation(config, policy, task, slots):
     """Begin the run's folder with an evaluation of the untrained policy -> 0, the number of steps done."""
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    metrics, rollouts, failed = evaluation(0, policy, task, slots, config)
-    if failed:
-        raise failed
-    log(out, {"step": 0} | metrics, sample_record(0, rollouts[-1], task.tokenizer))
-    print("before training: " + describe(metrics))
+    append(out / "metrics.jsonl", {"step": 0} | evaluation(0, policy, task, slots, config))
     return 0
 
 def sample_record(step, r, tokenizer):
@@ -411,23 +397,9 @@ def sample_record(step, r, tokenizer):
         "prompt": tokenizer.decode(r.ids[: r.prompt_length]), "transcript": transcript(r, tokenizer),
     }  # fmt: skip
 
-def log(out, record, sample, bar=None):
-    """Append a record to metrics.jsonl and a sample to samples.jsonl; show reward and EM beside the progress bar."""
-    for name, line in (("metrics", record), ("samples", sample)):
-        if line:
-            with open(out / f"{name}.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-    if bar is not None:
-        names = ("eval/em_1hop", "eval/em_2hop") if "eval/em_1hop" in record else ("eval/em",)
-        bar.em = " / ".join(f"{record[name]:.2f}" for name in names if name in record) or getattr(bar, "em", "-")
-        reward, searches = record["reward/mean"], record["env/number_of_valid_search"]
-        bar.set_postfix_str(f"reward {reward:.2f}, searches {searches:.2f}, held-out EM {bar.em}", refresh=False)
-        bar.update()
-
-def report_memory(device, bytes_before, memory):
-    what = "tensors on the card" if device.type == "cuda" else "resident memory, the search index included"
-    measured, predicted = size(peak_bytes(device) - bytes_before), size(predicted_peak(memory)[0])
-    tqdm.write(f"memory, measured: {measured} at the most ({what}); predicted: {predicted}")
+def append(path, record):
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 def save_checkpoint(step, models, tokenizer, config):
     """OUTPUT_DIR/checkpoint-<step>: an ordinary Hugging Face folder with merged adapters, how its conversations run
@@ -440,18 +412,13 @@ def save_checkpoint(step, models, tokenizer, config):
     about |= {"method": config.method, "base": models.policy.name_or_path}
     (unfinished / "search_r1.json").write_text(json.dumps(asdict(config.settings) | about, indent=2) + "\n")
     state = {"step": step}
-    for name, network, optimizer in models.learners():
+    for name, network, optimizer in models.learners():  # the model's own file has merged or rounded weights
         masters = optimizer.param_groups[0]["params"]
         state[f"{name}_optimizer"] = optimizer.state_dict()
-        if not saved_whole(name, models):
-            state[name] = {key: master.detach() for key, master in zip(trained(network, name), masters)}
+        state[name] = {key: master.detach() for key, master in zip(trained(network, name), masters)}
     torch.save(state, unfinished / "trainer_state.pt")
     shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
     unfinished.rename(out / f"checkpoint-{step}")
-
-def saved_whole(name, models):
-    """Does the folder hold what is trained bit for bit? Only of a full fp32 policy; others are merged or rounded."""
-    return name == "policy" and models.policy.dtype == torch.float32 and models.reference is not models.policy
 
 def restore(models, config):
     """Load the newest checkpoint of a run -> its step. Cut the logs back to it: what came after is done again."""
@@ -459,7 +426,8 @@ def restore(models, config):
     newest = max(out.glob("checkpoint-*/trainer_state.pt"), key=lambda file: int(file.parent.name.split("-")[1]))
     state = torch.load(newest, map_location="cpu", weights_only=True)  # a second copy might not fit on the card
     for name, network, optimizer in models.learners():
-        values = load_checkpoint(newest.parent)[0].state_dict() if saved_whole(name, models) else state[name]
+        # Earlier versions left a full fp32 policy, which the model's own file has bit for bit, out of the state.
+        values = state[name] if name in state else load_checkpoint(newest.parent)[0].state_dict()
         optimizer.load_state_dict(state[f"{name}_optimizer"])
         for (key, p), master in zip(trained(network, name).items(), optimizer.param_groups[0]["params"]):
             master.detach().copy_(values[key])
@@ -488,18 +456,9 @@ def stop_at_step_end():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# What to do when memory ran out, by what the run was doing. A resumed run may change all of these but --max-length.
-REMEDIES = {
-    "the rollouts": "lower --slots (now {slots}), or in a new run --max-length",
-    "the log-probs": "lower --micro-batch-tokens (now {micro_batch_tokens})",
-    "the update": "lower --micro-batch-tokens (now {micro_batch_tokens}), then add --gradient-checkpointing",
-    "the evaluation": "lower --slots (now {slots}), or in a new run --max-length",
-    "loading": "take --lora-rank 16 (now {lora_rank}), so that one base serves all roles, or a smaller --preset",
-}
-
 @contextlib.contextmanager
-def ending(doing, config):
-    """Turn a shortage of memory in here, and no other error, into one line; doing[-1] is what the run was at."""
+def shortage_named(config):
+    """Turn a shortage of memory in here, and no other error, into one line that names the flags against it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -507,26 +466,29 @@ def ending(doing, config):
         words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(w in str(error) for w in words):
             raise
-        now = asdict(config) | {"slots": config.slots or f"all {config.batch_size * config.group_size}"}
-        raise Mistake(f"out of memory in {doing[-1]}; {REMEDIES[doing[-1]].format(**now)}") from None
+        slots = config.slots or f"all {config.batch_size * config.group_size}"
+        writing = f"in rollouts or an evaluation lower --slots (now {slots})"
+        learning = f"in updates --micro-batch-tokens (now {config.micro_batch_tokens}) or add --gradient-checkpointing"
+        loading = "in loading take --lora-rank 16 or a smaller --preset"
+        raise Mistake(f"out of memory; {writing}, {learning}, {loading}") from None
 
 @contextlib.contextmanager
-def rescue(step, models, task, config):
-    """If the search engine goes away or memory runs out in here, `step` is not done: save the steps before it and say
-    how to go on. Yields the list that `ending` reads."""
-    out, updates, doing = Path(config.output_dir), models.updates, []
+def rescue(models, task, config):
+    """If the search engine goes away or memory runs out in here, the step in progress is not done: save what the steps
+    in the log have learned, and say how to go on."""
+    out = Path(config.output_dir)
     try:
-        with ending(doing, config):
-            yield doing
+        with shortage_named(config):
+            yield
     except (SearchFailed, Mistake) as error:
-        if step == 1:
-            raise type(error)(f"{error}; no step was done") from None
-        kept = f"saved after step {step - 1}"
-        if not (out / f"checkpoint-{step - 1}").exists():
-            save_checkpoint(step - 1, models, task.tokenizer, config)
-            if models.updates > updates:  # undoing them would need a copy of all that is trained, at every step
-                half = f"{models.updates - updates} of the {config.minibatches} updates of step {step}"
-                kept += f" with {half} (which is done anew: not quite the uninterrupted run)"
+        last = read_runs([out])[out.name][-1]
+        step, kept = last["step"], f"saved after step {last['step']}"
+        if "eval/em" not in last and (step % config.eval_every == 0 or step == config.steps):
+            kept += ", which was not evaluated"
+        if not (out / f"checkpoint-{step}").exists():
+            save_checkpoint(step, models, task.tokenizer, config)
+            if models.updates:  # undoing them would need a copy of all that is trained, at every step
+                kept += f" with {models.updates} of the {config.minibatches} updates of step {step + 1} (done anew)"
         raise type(error)(f"{error}; {kept}, continue with: python train.py --resume {out}") from None
 
 # ----- 6. What a policy is trained on -----
@@ -539,13 +501,11 @@ class Task:
     train_sample: list  # training questions, to compare with
     held_out: list  # the questions of every evaluation
 
-def load_run(config):
-    """Config -> (policy, Task)."""
+def load_run(config, format_steps=data.BaseConfig.policy_steps):
+    """Config -> (policy, Task). Without --model the tiny world's, whose base model had format_steps of format."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return load_real(config, device) if config.model else load_tiny(config, device)
-
-def load_real(config, device):
-    """A model from a folder or the hub, questions and passages from files or sets by name -> (policy, Task)."""
+    if not config.model:
+        return load_tiny(config, device, format_steps)
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.startswith("cuda"))
     policy, tokenizer = load_checkpoint(config.model, device, torch.bfloat16 if bf16 else torch.float32)
     # Sets by name have an evaluation split of their own; of a file the last tenth is held out.
@@ -560,24 +520,18 @@ def load_real(config, device):
     if len(questions) < config.batch_size:
         raise Mistake(f"{config.train_data} leaves {len(questions)} questions, and --batch-size is {config.batch_size}")
 
-    @functools.lru_cache(maxsize=2)
-    def order(epoch):  # each epoch has its own
-        return random.Random(f"{config.seed} epoch {epoch}").sample(range(len(questions)), len(questions))
-
     def draw(step):  # a function of the step alone, so that a resumed run goes on as planned
-        positions = range((step - 1) * config.batch_size, step * config.batch_size)
-        return [questions[order(i // len(questions))[i % len(questions)]] for i in positions]
+        places = [divmod(i, len(questions)) for i in range((step - 1) * config.batch_size, step * config.batch_size)]
+        shuffled = lambda epoch: random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
+        orders = {epoch: shuffled(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [orders[epoch][i] for epoch, i in places]
 
     samples = fixed_sample(questions, config.eval_limit), fixed_sample(held_out, config.eval_limit)
     return policy, Task(tokenizer, engine.search, draw, *samples)
 
-def load_tiny(config, device, format_steps=data.BaseConfig.policy_steps):
+def load_tiny(config, device, format_steps):
     """The tiny world and its base model, made on the spot at the first run -> (policy, Task)."""
     held_out, engine, world = data.task(config.world_seed)
-    oracle = data.oracle_exact_match(world, fixed_sample(held_out, 1000), engine.search, config.top_k)
-    counts = f"{len(world.passages)} passages, {len(world.train)} questions to train on, {len(held_out)} held out"
-    print(f"tiny world {config.world_seed}: {counts}; a perfect policy would score {oracle:.2f}")
-    began = time.perf_counter()
     # Made for this K: a base model cannot read blocks of a length that it has never seen.
     base = data.BaseConfig(seed=config.seed, top_k=config.top_k, policy_steps=format_steps)
     policy, tokenizer, folder = data.base_model(base, "outputs")
@@ -585,8 +539,7 @@ def load_tiny(config, device, format_steps=data.BaseConfig.policy_steps):
     if config.dtype == "bf16":  # PITFALL: policy.to(bfloat16) would round the frequencies of the positions, too
         for p in policy.parameters():
             p.data = p.data.bfloat16()
-    count, seconds = sum(p.numel() for p in policy.parameters()), time.perf_counter() - began
-    print(f"base model: {count:,} parameters, in {folder} ({seconds:.0f} s)")
+    print(f"tiny world {config.world_seed}; base model of {policy.num_parameters():,} parameters, in {folder}")
 
     def draw(step):
         rng = random.Random(f"{config.seed} questions {step}")
@@ -606,7 +559,7 @@ POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr criti
             "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
 NOT_NEGATIVE = "max_turns kl_coef warmup_steps critic_lr_warmup_steps lora_rank slots weight_decay".split()
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
-RESUME_MAY_CHANGE = {"steps", "save_every", "slots", "micro_batch_tokens", "gradient_checkpointing"}
+RESUME_MAY_CHANGE = {"steps", "save_every", "slots", "micro_batch_tokens", "gradient_checkpointing", "no_cuda_graphs"}
 # Flags of earlier versions, with the only values that a run which is resumed today may have had.
 FORMER = {"retriever": "exact", "format_steps": 480, "two_hop_share": 0.8, "two_hop_share_end": 0.35, "save_hidden": ""}
 
@@ -615,9 +568,7 @@ def parse_flags(argv):
     parser = Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
     for f in fields(Config):
         how = {"default": None, "help": f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")}
-        if f.name == "resume":
-            how |= {"nargs": "?", "const": "auto"}
-        elif isinstance(f.default, bool):
+        if isinstance(f.default, bool):
             how |= {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
         else:
             how |= {"type": type(f.default), "choices": CHOICES.get(f.name)}
@@ -641,31 +592,25 @@ def parse_config(given):
 
 def check_config(c):
     """Mistake, with the flag and the remedy, for values that cannot work."""
-
-    def refuse(wrong, message):
-        if wrong:
+    given = lambda name: f"--{name.replace('_', '-')} {getattr(c, name)}"
+    wrong = {f"{given(name)}: must be above 0": not getattr(c, name) > 0 for name in POSITIVE}
+    wrong |= {f"{given(name)}: cannot be negative": not getattr(c, name) >= 0 for name in NOT_NEGATIVE}
+    wrong |= {
+        f"{given('adam_beta2')}: must be at least 0 and below 1": not 0 <= c.adam_beta2 < 1,
+        "--preset real needs --model, --train-data and --corpus": c.preset == "real" and not c.model,
+        "--model, --train-data and --corpus go together": not bool(c.model) == bool(c.train_data) == bool(c.corpus),
+        "--eval-data needs --train-data: the tiny world has held-out questions": c.eval_data and not c.train_data,
+        f"{given('group_size')}: --algo sft has one example a question": c.algo == "sft" and c.group_size != 1,
+        f"{given('slots')}: a group of {c.group_size} rollouts is in flight together": 0 < c.slots < c.group_size,
+        "--kl exact is a loss: give --kl-in loss, too": c.kl == "exact" and c.kl_in != "loss",
+    }  # fmt: skip
+    for message, found in wrong.items():
+        if found:
             raise Mistake(message)
 
-    for name in (*POSITIVE, *NOT_NEGATIVE):
-        value = getattr(c, name)
-        given = f"--{name.replace('_', '-')} {value}"
-        refuse(name in POSITIVE and not value > 0, f"{given}: must be above 0")
-        refuse(not value >= 0, f"{given}: cannot be negative")
-    refuse(not 0 <= c.adam_beta2 < 1, f"--adam-beta2 {c.adam_beta2}: must be at least 0 and below 1")
-    refuse(c.model and not c.train_data, "--model needs --train-data and --corpus, say hotpotqa and contexts")
-    refuse(bool(c.train_data) != bool(c.corpus), "--train-data and --corpus belong together: questions and passages")
-    refuse(c.preset == "real" and not c.model, "--preset real needs --model, --train-data and --corpus")
-    refuse(c.train_data and not c.model, "--train-data needs --model: the tiny one knows its own words only")
-    refuse(c.eval_data and not c.train_data, "--eval-data needs --train-data: the tiny world has held-out questions")
-    refuse(c.algo == "sft" and c.group_size != 1, f"--group-size {c.group_size}: --algo sft has one example a question")
-    refuse(0 < c.slots < c.group_size, f"--slots {c.slots}: a group of {c.group_size} rollouts is in flight together")
-    refuse(c.kl == "exact" and c.kl_in != "loss", "--kl exact is a loss: give --kl-in loss, too")
-
 def resumed_config(given):
-    """--resume [DIR] -> the run's saved Config, with what RESUME_MAY_CHANGE from the command line."""
-    runs = sorted(Path("outputs").glob("run-*/config.json"), key=lambda file: file.stat().st_mtime)
-    newest = str(runs[-1].parent) if runs else "outputs/run-*"
-    folder = given["resume"] if given["resume"] != "auto" else given.get("output_dir", newest)
+    """--resume DIR -> the run's saved Config, with what RESUME_MAY_CHANGE from the command line."""
+    folder = given["resume"]
     if not list(Path(folder).glob("checkpoint-*/trainer_state.pt")):
         raise Mistake(f"--resume: no checkpoint to continue from in {folder}")
     saved = json.loads((Path(folder) / "config.json").read_text())
@@ -680,51 +625,37 @@ def resumed_config(given):
 
 # ----- 8. What came out -----
 
-def describe(metrics):
-    """An evaluation's metrics -> one line."""
-    if "eval/em_1hop" not in metrics:
-        em, f1, searches = (metrics[f"eval/{name}"] for name in ("em", "f1", "searches"))
-        return f"held-out EM {em:.3f}, F1 {f1:.3f} (greedy), {searches:.2f} searches"
-    pair = lambda name: f"{metrics[name + '_1hop']:.3f} / {metrics[name + '_2hop']:.3f}"
-    sampled = f"{pair('eval/sampled_em')} sampled, {metrics['eval/sampled_em']:.3f} sampled in all"
-    return f"held-out EM, one hop / two hops: {pair('eval/em')} greedy, {sampled}; searches {pair('eval/searches')}"
-
-# Nineteen of the twenty runs of LOG.md, 7 and 19, ended above these (PPO at seed 2 did not); look into a lower end.
-EXPECTED = {"eval/em_1hop": 0.95, "eval/em_2hop": 0.90}
-
 def report(config):
-    """Print one transcript before and one after, and in a sentence what changed and whether it was to be expected."""
+    """Print one transcript before and one after, and in a sentence what came out and whether it was to be expected."""
     out = Path(config.output_dir)
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    records = read_runs([out])[out.name]
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    first, last = records[0], records[-1]
     for title, sample in (("before training", samples[0]), (f"after {config.steps} steps", samples[-1])):
         gold = " or ".join(sample["golden_answers"])
         print(f"\n--- {title} (greedy, a held-out question; gold answer: {gold}; reward {sample['reward']:.0f})")
         print((sample["question"] + "\n" + sample["transcript"]).translate(HARMLESS))
-    print(f"\nbefore: {describe(first)}\nafter:  {describe(last)}")
-    if "train/sampled_em_1hop" in last:
-        one, two = last["train/sampled_em_1hop"], last["train/sampled_em_2hop"]
-        print(f"        on training questions, sampled: {one:.3f} / {two:.3f}")
     spent = {name: sum(r.get(f"timing_s/{name}", 0) for r in records) for name in ("rollout", "update", "eval")}
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in spent.items()) + f"; all in {out}")
     plain = config.preset == "tiny" and config.method == "search-r1" and not (config.no_mask or config.shuffle_rewards)
     if plain and config.steps >= PRESETS[f"tiny/{config.algo}"].get("steps", Config.steps):
-        low = [f"{name} {last[name]:.2f} (expected {EXPECTED[name]:.2f} or more)" for name in EXPECTED
-               if last[name] < EXPECTED[name]]  # fmt: skip
+        last = records[-1]
         searches = f"{last['eval/searches_1hop']:.2f} / {last['eval/searches_2hop']:.2f}"
         right = f"{last['eval/em_1hop']:.0%} / {last['eval/em_2hop']:.0%}"
+        # Nineteen of the twenty runs of LOG.md, 7 and 19, ended above these (PPO at seed 2 did not).
+        fine = last["eval/em_1hop"] >= 0.95 and last["eval/em_2hop"] >= 0.90
         now = f"It now searches {searches} times for one-hop / two-hop questions and is right in {right}"
-        print(now + (f", BELOW what is expected: {', '.join(low)}." if low else ", as expected."))
+        print(f"{now}, as expected." if fine else f"{now}, BELOW the expected 95% / 90%.")
 
 def main(argv=None):
     config = parse_config(sys.argv[1:] if argv is None else argv)
     print("config: " + ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
-    # Python, torch and what they import take memory, too, but not on a card.
-    bytes_before = 0 if torch.cuda.is_available() else peak_bytes(torch.device("cpu"))
-    with ending(["loading"], config):
+    with shortage_named(config):
         policy, task = load_run(config)
-    train(config, policy, task, bytes_before)
+        memory = predict_memory(policy, config)
+        print(memory_table(memory))
+        train(config, policy, task)
+    measured, predicted = size(peak_bytes(policy.device)), size(predicted_peak(memory)[0])
+    print(f"memory, measured: {measured} at the most (on a CPU with Python and its imports); predicted: {predicted}")
     plot_runs(read_runs([config.output_dir]), Path(config.output_dir) / "curves.png")
     report(config)
 

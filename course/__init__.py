@@ -1,1 +1,1 @@
-"""For teaching: the studies, the page, the export and the paper's own figures, each run as `python -m course.NAME`."""
+"""For teaching: a look at the world, studies, pages, reranking, export, the paper's figures: `python -m course.NAME`."""

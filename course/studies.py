@@ -44,8 +44,7 @@ ENGINES = {  # passages -> search(queries, top_k)
 def load(config, loading=LOADING):
     """Config -> (policy, Task) on the tiny world: the base model after `format_steps` steps of format, searching with
     `retriever`."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    policy, task = train.load_tiny(config, device, loading["format_steps"])
+    policy, task = train.load_run(config, loading["format_steps"])
     if loading["retriever"] != "exact":
         task.search = ENGINES[loading["retriever"]](data.make_world(config.world_seed).passages)
     return policy, task

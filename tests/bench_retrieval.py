@@ -36,7 +36,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import retrieval
-from retrieval import BM25, Dense, HashedEncoder, HttpEngine, Reranker, SearchEngine, Server, TransformerEncoder
+from course.rerank import Reranker
+from retrieval import BM25, Dense, HashedEncoder, HttpEngine, SearchEngine, Server, TransformerEncoder
 
 
 def resident():

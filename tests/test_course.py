@@ -33,7 +33,6 @@ def tiny(tmp_path, monkeypatch, tokenizer, world, engine):
     keep = lambda config, cache: made.append(config) or (copy.deepcopy(model), tokenizer, "random")
     monkeypatch.setattr(data, "base_model", keep)
     monkeypatch.setattr(data, "make_world", lambda seed: world)
-    monkeypatch.setattr(data, "oracle_exact_match", lambda *_: 1.0)
     monkeypatch.setattr(data, "build_index", lambda passages: engine)
     return made
 
@@ -47,18 +46,20 @@ def refused(main, capsys):
     return error
 
 
-@pytest.mark.parametrize("name", ["studies", "page", "export", "paper_rows"])
+@pytest.mark.parametrize("name", ["world", "studies", "page", "rerank", "export", "paper_rows"])
 def test_each_script_runs_as_a_module_and_says_a_mistake_in_one_line(name, monkeypatch, capsys, tmp_path):
-    """Claim: `python -m course.NAME` with a wrong flag prints one line that begins with the script's name.
-    Fails if: a script ends without `run_main(main)`.
+    """Claim: `python -m course.NAME` with a wrong flag prints one line that begins with the script's name and points to
+    --help, exit code 2.
+    Fails if: a script ends without `run_main(main)`, or its main uses argparse.ArgumentParser.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"course/{name}.py", "--nonsense"])
-    monkeypatch.delitem(sys.modules, f"course.{name}")  # else runpy warns that it is imported already
+    monkeypatch.delitem(sys.modules, f"course.{name}", raising=False)  # else runpy warns that it is imported already
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(f"course.{name}", run_name="__main__")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith(f"{name}.py: ") and error.count("\n") == 1
+    assert error.endswith("(--help lists the flags)\n")
 
 
 # ----- The studies and the table -----
@@ -178,7 +179,7 @@ def test_the_table_has_every_method_of_the_paper(tiny, monkeypatch, capsys):
         ("table --seeds 0", "--seeds 0"),
         ("mask --model x", "no --seed"),
         ("kl --seed 1", "no --seed"),
-        ("mask --resume", "no --seed"),
+        ("mask --resume x", "no --seed"),
         ("mask --algo sft --group-size 5", "one example a question"),
         ("mask --retriever random", "unrecognized"),
     ],

@@ -186,35 +186,6 @@ def test_old_keys_never_meet_new_weights(model, tokenizer, static):
     assert after == [r.ids for r in sampled(model, tokenizer, 0.0)] != [r.ids for r in before]
 
 
-def emulated(run, slots):
-    """What engine.captured does on a GPU. Capturing runs the step three times. A replay runs its kernels and no Python:
-    it sees the attributes of the slots as they were, and it writes into the tensor that it wrote into before."""
-    then, (_, _, out) = vars(slots) | {"lengths": list(slots.lengths)}, (run(), run(), run())
-
-    def replay():
-        now = dict(vars(slots))
-        vars(slots).update(then)
-        out.copy_(run())
-        vars(slots).update(now)
-        return out
-
-    return replay
-
-
-def test_capturing_and_replaying_a_step_changes_nothing(model, monkeypatch):
-    """Claim: steps that are captured in the midst of conversations, for all slots and for a part of them, for growing
-    widths, and then replayed, give the tokens and log-probs of steps that are not.
-    Fails if: capturing writes into keys (`inputs[2] = hidden_column` dropped), block.places_nT is not copied into the
-    static inputs, or one width serves all steps (`width = 256` in decode).
-    """
-    want = wander(model, found=150)
-    monkeypatch.setattr(engine, "captured", emulated)
-    slots = engine.Slots(model, 4, 700, static=True)
-    for g, w in zip(wander(model, slots, found=150), want, strict=True):
-        assert g.ids == w.ids and g.sampled == pytest.approx(w.sampled, abs=2e-5)
-    assert {rows for rows, _ in slots.steps} == {1, 2, 4} and {width for _, width in slots.steps} == {256, 512}
-
-
 def test_blocks_are_fed_in_pieces_that_fit(model, monkeypatch):
     """Claim: a pass over blocks has at most FEED_TOKENS rows x columns, one row at least; the logits come back in the
     order of the rows.
