@@ -500,6 +500,15 @@ def reach_hub(model):
         places = f"no folder of that name, nor in the hub's cache, and the hub does not give it ({why})"
         raise Mistake(f"no causal LM could be loaded from {model}: {places}; give a folder with its files") from None
 
+def weights_dtype(wish, device):
+    """--dtype and device -> torch dtype. "auto" is bf16 on a GPU that computes in it, else fp32: fp16, which a T4 has,
+    has no room for small gradients, and scaling them is machinery that we do without."""
+    on_card = str(device).startswith("cuda")
+    has_bf16 = not on_card or torch.cuda.is_bf16_supported(including_emulation=False)
+    if on_card and wish != "fp32" and not has_bf16:
+        print("this GPU has no bf16: weights are fp32, twice the memory (adapters fit: --lora-rank 32)")
+    return torch.bfloat16 if has_bf16 and (wish == "bf16" or (wish == "auto" and on_card)) else torch.float32
+
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
     """Folder or hub id of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not linear."""
     if not Path(path).exists():
@@ -529,16 +538,17 @@ def load_settings(checkpoint, real=False):
     about = {"world_seed": 0, "corpus": None, "encoder": "hashed", "base": None}
     return settings, about | {"method": "search-r1" if settings.do_search else "r1"} | saved
 
-def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed", others=()):
+def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed", others=(), device=None):
     """-> (questions, search engine, World or None). Without a corpus: the held-out questions of the tiny world. With
-    one: real questions (a file, or sets by name, of which `split`). others: more question files for `contexts`."""
+    one: real questions (a file, or sets by name, of which `split`). others: more question files for `contexts`. device:
+    where the engine may encode and search."""
     if not corpus:
         world = make_world(world_seed)
         return world.test, build_index(world.passages), world
     asked = load_data(questions, split) if questions else []  # first: building an index may take hours
     files = [*question_files(questions, split), *others] if questions else others
     try:
-        return asked, engine_from(resolve_corpus(corpus, files, encoder)), None
+        return asked, engine_from(resolve_corpus(corpus, files, encoder), device), None
     except FileNotFoundError as error:
         raise Mistake(f"cannot read {error.filename}: {error.strerror}") from None
     except ValueError as error:  # a line that is no passage, an index that does not fit its passages, no such encoder

@@ -583,9 +583,10 @@ def main(argv=None):
     sets, files = question_sets(specs) if specs else ({}, [])
 
     def load():
-        """-> policy, tokenizer, search; on a GPU in the checkpoint's own precision, since a CPU is slow in bf16."""
-        where = ("cuda", "auto") if torch.cuda.is_available() else ()
-        policy, tokenizer = load_checkpoint(args.checkpoint, *where)
+        """-> policy, tokenizer, search."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = "auto" if about["corpus"] else "fp32"  # the tiny model is no faster in bf16
+        policy, tokenizer = load_checkpoint(args.checkpoint, device, data.weights_dtype(dtype, device))
         _, search_engine, _ = task(about["world_seed"], about["corpus"], encoder=about["encoder"], others=files)
         return policy, tokenizer, search_engine.search
 

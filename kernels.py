@@ -45,6 +45,19 @@ BLOCK, WARPS = 2048, 4
 # Bytes of a slice of fp32 logits. On a GPU: efficient to multiply, small beside the model. On a CPU: fits the cache.
 SLICE_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
 
+# PITFALL: Hugging Face has a package of this name, too. Where it is installed, transformers takes this file for it and
+# imports these names. Here they do nothing: what they decorate stays as it is.
+HUGGING_FACE = (
+    "CUDAProperties", "Device", "KernelizeFallback", "LayerRepository", "LocalLayerRepository", "Mode",
+    "ROCMProperties", "get_kernel", "kernelize", "register_kernel_mapping", "replace_kernel_forward_from_hub",
+    "use_kernel_forward_from_hub", "use_kernel_mapping", "use_kernelized_func",
+)  # fmt: skip
+
+def __getattr__(name):
+    if name not in HUGGING_FACE:
+        raise AttributeError(f"kernels.py has no {name}")
+    return lambda *_, **__: lambda decorated: decorated
+
 class LogprobKL(NamedTuple):
     """Four fp32 tensors in the shape of `target`. Masked positions are exactly 0 and carry no gradient."""
 

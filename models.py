@@ -10,21 +10,21 @@ left. There are two ways to fit them on one card of 24 GB:
     1. PRESETS                                         what fits
     2. Adapted, adapt, role, trained, merged_state     adapters, and which role a model plays
     3. adam                                            fp32 masters of bf16 weights
-    4. make_models, fuse_norms, recomputed             all networks of a run; one kernel a norm; gradient checkpointing
+    4. make_models, try_kernels, fuse_norms, recomputed    all networks of a run
     5. predict_memory                                  what a run will hold, told before it begins
 
 Departure: [D14] P: with --lora-rank only adapters are trained. The paper trains all weights of policy and critic.
 
 The arithmetic of a 24 GB card (22.3 GiB) for the presets below. Peak: predict_memory, which a run prints before it
-starts, with 0.75 GiB for HotpotQA's paragraphs on the card. Time: tests/bench_slots.py, for a card of 1 TB/s and 80
+starts, with 1.05 GiB for e5 and HotpotQA's paragraphs. Time: tests/bench_slots.py, for a card of 1 TB/s and 80
 Tflop/s (about an RTX 4090) and 80 rollouts a step of 1200 ids, 370 of them written by the policy. These are
 predictions; tests/bench_gpu.py measures them on a GPU.
 
                   predicted peak, GiB    seconds a step    a whole run
                      GRPO     PPO          GRPO   PPO       GRPO    PPO
-    qwen2.5-0.5b     15.9    21.7            12    22       1.3 h   2.4 h
+    qwen2.5-0.5b     15.9    21.8            12    22       1.3 h   2.4 h
     qwen2.5-1.5b     14.9    15.5            29    47       2.4 h   3.9 h
-    qwen2.5-3b       21.2    21.0            52    92       4.3 h   7.7 h
+    qwen2.5-3b       21.2    21.1            52    92       4.3 h   7.7 h
     llama-3.2-3b     19.4    20.2            74   107       6.2 h   8.9 h
 
 A card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0.5b --lora-rank 32.
@@ -33,7 +33,9 @@ A card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0
 import contextlib
 import copy
 import functools
+import subprocess
 import sys
+import time
 import types
 from dataclasses import dataclass
 
@@ -41,8 +43,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from engine import FEED_TOKENS
-from kernels import default_chunk
+from engine import FEED_TOKENS, Mistake
+from kernels import default_chunk, fused_logprob_kl
 from searchr1 import Critic
 
 try:
@@ -248,6 +250,7 @@ def make_models(policy, config):
     """A causal LM and the Config of train.py -> Models. The policy stays the object it is."""
     ppo = config.algo == "ppo"
     if policy.device.type == "cuda":
+        try_kernels(policy.device)
         fuse_norms(policy)
     if config.lora_rank:
         roles = ("policy", "critic") if ppo else ("policy",)
@@ -263,6 +266,17 @@ def make_models(policy, config):
                     layer.forward = types.MethodType(recomputed, layer)
     critic_optimizer = adam(trained(critic, "critic"), config.critic_lr, config) if ppo else None
     return Models(policy, reference, critic, adam(trained(policy, "policy"), config.lr, config), critic_optimizer)
+
+def try_kernels(device):
+    """Launch the Triton kernels once, forward and back, before anything is trained. PITFALL: Triton builds its driver
+    with a C compiler at the first launch. Without one, a run would end after its first rollouts."""
+    x_1V = torch.zeros(1, 8, device=device, requires_grad=True)
+    target_1 = torch.zeros(1, dtype=torch.long, device=device)
+    try:
+        fused_logprob_kl(x_1V, target_1).logp.sum().backward()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise Mistake(f"Triton cannot build its kernels here: {why}; install gcc or clang, or set CC to one") from None
 
 def fuse_norms(policy):
     """Compute each RMS norm of Llama, Qwen2 and Qwen3 in one kernel, in place. As transformers writes it, a norm is six
@@ -292,15 +306,15 @@ MOMENTS = {
     "one layer in the update": ("gradients", "head's gradient", "activations", "one layer"),
 }
 # What a card holds beside tensors. From public reports, not measured by us: CUDA's context with torch's kernels;
-# cuBLAS, up to 32 MiB a stream; a graph, 64 KB a kernel [vLLM PR 11349]; e5-base in fp16, at work.
-CONTEXT, WORKSPACES, GRAPH_NODE, ENCODER = 500 * 2**20, 3 * 32 * 2**20, 64 * 2**10, 300 * 2**20
+# cuBLAS, up to 32 MiB a stream; a graph, 64 KB a kernel [vLLM PR 11349].
+CONTEXT, WORKSPACES, GRAPH_NODE = 500 * 2**20, 3 * 32 * 2**20, 64 * 2**10
 GRAPHS = 12  # at most, of one set of slots [engine.decode]
 STEP_KERNELS, ADAPTER_KERNELS = 26, 14  # of a decoding step, a layer; counted in tests/test_gpu.py
 
-def predict_memory(policy, config, index_bytes=0):
+def predict_memory(policy, config, search_bytes=0):
     """A causal LM as it was loaded, and the Config -> {what: bytes} that the run will hold. Weights, adapters, masters
     and Adam are exact; keys, values and activations are those of the longest rollouts that max_length allows.
-    index_bytes: what the search index takes on the card."""
+    search_bytes: what encoder and index take on the card."""
     c, e = policy.config, policy.dtype.itemsize
     device = "cuda" if policy.device.type == "meta" else policy.device.type  # a model without memory: plan for a card
     on_card = device == "cuda"
@@ -355,8 +369,7 @@ def predict_memory(policy, config, index_bytes=0):
         "keys and values": slots * (config.max_length + 1) * layers * 2 * kv * e * sets,
         "CUDA graphs": sets * GRAPHS * kernels * GRAPH_NODE * (on_card and not config.no_cuda_graphs),
         "context, workspaces": (CONTEXT + WORKSPACES) * on_card,
-        "encoder": ENCODER * (on_card and bool(config.corpus) and config.encoder != "hashed"),
-        "index on the card": index_bytes,
+        "search engine": search_bytes,
         "a block": block,
         # logits, scaled, log-probs, probabilities (also as float64), their sums in float64
         "sampling": slots * V * (4 * 4 + 2 * 8),
@@ -381,6 +394,24 @@ def memory_table(memory):
     peak, moment = predicted_peak(memory)
     lines = [f"  {name:20}{size(count):>12}" for name, count in memory.items() if count]
     return "\n".join(["memory, predicted:", *lines, f"  {'at the most':20}{size(peak):>12}   ({moment})"])
+
+class Costs:
+    """What each phase of a step takes: seconds, and on a GPU memory in GiB, the most that tensors held in a phase and
+    the most that the card had lent to anybody at the end of one."""
+
+    def __init__(self, device):
+        self.device, self.metrics, self.seconds = device, {}, 0.0
+        self.began = time.perf_counter()
+
+    def end(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.metrics[f"memory_gib/{phase}"] = peak_bytes(self.device) / 2**30
+            card = max(self.metrics.get("memory_gib/card", 0), used_bytes(self.device) / 2**30)
+            self.metrics["memory_gib/card"] = card
+            torch.cuda.reset_peak_memory_stats(self.device)
+        spent, self.began = time.perf_counter() - self.began, time.perf_counter()
+        self.metrics[f"timing_s/{phase}"], self.seconds = spent, self.seconds + spent
 
 def used_bytes(device):
     """What a card has lent to all programs at this moment, context and graphs included; 0 elsewhere."""

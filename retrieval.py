@@ -55,6 +55,8 @@ ENCODERS = {  # PITFALL: an encoder must be asked as it was trained. A wrong pre
     "mean": ("mean", "", ""),  # model card of sentence-transformers/all-MiniLM-L6-v2, and most others
 }
 PROBE = "which encoder is this"  # the manifest keeps its vector: another encoder under the same name is noticed
+CARD_BYTES = 2 * 2**30  # a Flat index of up to so many bytes in fp16 is searched on the GPU
+ENCODER_BYTES = 300 * 2**20  # what an encoder of e5-base's size takes there at work; an estimate
 MAX_BODY, MAX_QUERIES, MAX_TOP_K = 2**24, 8192, 100  # what the server accepts; the paper's batch is 512 * 5 queries
 
 class SearchFailed(Exception):
@@ -214,14 +216,16 @@ class HashedEncoder:
 class TransformerEncoder:
     """Text -> unit vector [E] fp32, with any encoder that transformers loads from a folder or the hub."""
 
-    def __init__(self, model, asked=()):
-        """asked: a row of ENCODERS, by default that whose key is in the model's name."""
+    def __init__(self, model, asked=(), device=None):
+        """asked: a row of ENCODERS, by default that whose key is in the model's name. device: by default a GPU's, if
+        there is one."""
         import torch  # here, so that the hashed engine starts without it
         from transformers import AutoModel, AutoTokenizer
         like = next((key for key in ENCODERS if key in Path(model).name.lower()), "mean")
         asked = asked or ENCODERS[like]
         self.pooling, self.query_prefix, self.passage_prefix = asked
-        self.device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float16 if self.device.startswith("cuda") else torch.float32
         try:
             self.model = AutoModel.from_pretrained(model, dtype=dtype).to(self.device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(model)
@@ -303,6 +307,28 @@ class Dense:
         rows_SK[~query_SE.any(1)] = -1  # PITFALL: a query without a known word is 0 and ties with every passage
         return scores_SK, rows_SK
 
+class FlatOnCard:
+    """A FAISS Flat index as one fp16 matrix on a GPU. A search is one product and one top-k there, where FAISS would
+    read every vector with the CPU's cores while the GPU waits. Cosines differ from FAISS's by less than 0.001."""
+
+    def __init__(self, index, device):
+        import torch
+        self.ntotal, self.d = index.ntotal, index.d
+        self.vectors_NE = torch.from_numpy(index.reconstruct_n(0, index.ntotal)).to(device, torch.float16)
+
+    def search(self, query_SE, k):
+        """Like the search of a FAISS index: fp32 [S, E] -> (scores [S, K] fp32, rows [S, K] int64), k <= N."""
+        import torch
+        scores_SK, rows_SK = [], []
+        for query_sE in torch.from_numpy(query_SE).to(self.vectors_NE).split(64):  # 4 N bytes of scores a query
+            if query_sE.is_cuda:  # PITFALL: scores in fp16 would tie, 0.0005 apart
+                scores_sN = torch.mm(query_sE, self.vectors_NE.T, out_dtype=torch.float32)
+            else:
+                scores_sN = query_sE.float() @ self.vectors_NE.T.float()
+            for found, kept in zip(scores_sN.topk(k), (scores_SK, rows_SK)):
+                kept.append(found.cpu())
+        return torch.cat(scores_SK).numpy(), torch.cat(rows_SK).numpy()
+
 class BM25:
     """A ranker by shared words: rare words count more, and so do words of short passages [Robertson, Zaragoza 2009].
 
@@ -363,6 +389,8 @@ class BM25:
 class SearchEngine:
     """R: passages behind a ranker. It keeps what it found for recent queries: the rollouts of a group ask the same."""
 
+    bytes_on_card = 0
+
     def __init__(self, passages, ranker, cache_size=65536):
         self.passages, self.ranker, self.cache_size = passages, ranker, cache_size
         self.cache, self.lock = OrderedDict(), threading.Lock()
@@ -406,10 +434,10 @@ def checksum(path, offsets):
             digest.update(file.readline())
     return digest.hexdigest()
 
-def make_encoder(settings, passages, weight_file):
+def make_encoder(settings, passages, weight_file, device=None):
     """Settings of a manifest -> encoder. The hashed one reads its word weights from weight_file, or makes that file."""
     if settings["encoder"] != "hashed":
-        return TransformerEncoder(settings["encoder"], [settings[name] for name in ASKED if name in settings])
+        return TransformerEncoder(settings["encoder"], [settings[name] for name in ASKED if name in settings], device)
     if not weight_file.exists():
         with written_whole(weight_file) as file:
             json.dump(HashedEncoder(tqdm(passages, desc="counting words", delay=2)).weight, file)
@@ -469,9 +497,10 @@ def make_folder(work, corpus, settings, index, block):
     with written_whole(work / "manifest.json") as file:
         json.dump(manifest, file)
 
-def load_engine(folder, bm25=False):
+def load_engine(folder, bm25=False, device=None):
     """Folder made by build -> SearchEngine. bm25: rank by words, whatever the index is (the first call makes bm25.npz).
-    ValueError with the reason if index, passages and encoder do not belong together."""
+    device: of a transformer that encodes and, if it is a GPU with room, of a Flat index over its vectors; by default a
+    GPU, if there is one. ValueError with the reason if index, passages and encoder do not belong together."""
     folder = Path(folder)
     if not (folder / "manifest.json").exists():
         raise ValueError(f"{folder} holds no index (no manifest.json); python retrieval.py build makes one")
@@ -482,13 +511,19 @@ def load_engine(folder, bm25=False):
     passages = PassageFile(corpus, offsets)
     if bm25 or manifest["encoder"] == "bm25":
         return SearchEngine(passages, BM25(passages, folder / "bm25.npz"))
-    encoder = make_encoder(manifest, passages, folder / "words.json")
+    encoder = make_encoder(manifest, passages, folder / "words.json", device)
     index = faiss.read_index(str(folder / "index.faiss"))
     if (index.ntotal, index.d) != (len(passages), encoder.dim):
         raise ValueError(f"{folder}: index.faiss holds {index.ntotal} x {index.d}, not {len(passages)} x {encoder.dim}")
     if not np.allclose(encoder.encode_queries([PROBE])[0, :8], manifest["probe"], atol=0.01):
         raise ValueError(f"{folder}: {manifest['encoder']} is not the encoder that made this index")
-    return SearchEngine(passages, Dense(encoder, index))
+    engine, size = SearchEngine(passages, Dense(encoder, index)), 2 * len(passages) * encoder.dim
+    if getattr(encoder, "device", "cpu").startswith("cuda"):
+        engine.bytes_on_card = ENCODER_BYTES
+        if manifest["index"] == "Flat" and size <= CARD_BYTES:
+            engine.ranker.index = FlatOnCard(index, encoder.device)
+            engine.bytes_on_card += size
+    return engine
 
 # ----- 6. Over HTTP: the protocol of the official retrieval server -----
 
@@ -594,13 +629,13 @@ class HttpEngine(SearchEngine):
             what = f"not a list of {count} lists of documents"
             raise SearchFailed(f'{self.url}: "result" is {what}: {str(answer)[:100]}') from None
 
-def engine_from(where):
+def engine_from(where, device=None):
     """FILE of passages (indexed in memory), DIR of an index, bm25:FILE, bm25:DIR, or the URL of a server -> engine."""
     if where.startswith(("http://", "https://")):
         return HttpEngine(where)
     by_words, place = where.startswith("bm25:"), Path(where.removeprefix("bm25:"))
     if place.is_dir():
-        return load_engine(place, bm25=by_words)
+        return load_engine(place, by_words, device)
     passages = load_passages(place)
     return SearchEngine(passages, BM25(passages)) if by_words else build_index(passages)
 

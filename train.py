@@ -13,6 +13,7 @@ model's right ones, and both imitate them; R1 is --no-search. Shapes are those o
 Departures, besides those of searchr1.py and models.py (P: from the paper, C: from the official code):
   [D9]  C  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 2e-5 (tested), and a forward
            pass is saved. In bf16 they are 0.01 a token apart; there --recompute-old-logprobs, as in the official code.
+           With one update a step and the KL in the loss that is free: the update's own log-probs are the old ones.
   [D10] C  GRPO leaves groups with equal rewards out of the update, with the KL term of their tokens: their advantage
            is 0. If all groups are like that, all stay and only KL acts. Logged as frac_reward_zero_std.
   [D11] C  The learning rate warms up from lr/warmup_steps, not from 0, which would waste the first step. In the tiny
@@ -25,6 +26,7 @@ Departures, besides those of searchr1.py and models.py (P: from the paper, C: fr
 import argparse
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -35,14 +37,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
 from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main
 from engine import Slots
 from eval import direct_ids, evaluate, plot_runs, read_runs
-from models import (PRESETS, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak, role,
-    size, trained)  # fmt: skip
+from models import (PRESETS, Costs, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak,
+    role, size, trained)  # fmt: skip
 from retrieval import SearchFailed
 from searchr1 import (HARMLESS, INVALID_MESSAGES, Rollout, Settings, collate, format_reward, gae, group_advantages,
     head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout, token_logprobs, token_mean,
@@ -118,6 +121,10 @@ class Config:
         return Settings(do_search=not self.no_search, **values)
 
     @property
+    def old_is_new(self):  # one update a step: the policy that is updated is the one that has just sampled
+        return self.minibatches == 1 and self.kl_in == "loss" and (self.recompute_old_logprobs or self.no_mask)
+
+    @property
     def method(self):  # the row of the paper's Table 2, as eval.py calls it
         return self.algo if self.algo in FINE_TUNING else "r1" if self.no_search else "search-r1"
 
@@ -143,7 +150,7 @@ def train(config, policy, task):
             # All randomness of a step comes from the seed and its number: a resumed run repeats and skips nothing.
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
             rng = random.Random(f"{config.seed} step {step}")
-            began = time.perf_counter()
+            costs = Costs(device)
 
             # Phase 1. Questions.
             questions = task.draw(step)
@@ -154,7 +161,7 @@ def train(config, policy, task):
                     writer, task.tokenizer, questions, task.search, config.settings, config.group_size,
                     config.temperature, generator, writer_slots,
                 )  # fmt: skip
-            rolled_out = time.perf_counter()
+            costs.end("rollout")
 
             # Phase 3. Rewards [Eq. 4].
             rewards_B, em_B = rewards(rollouts, config, rng)
@@ -169,13 +176,14 @@ def train(config, policy, task):
                 batch.advantages_BT, batch.returns_BT = whiten(returns[0], batch.mask_BT), returns[1]
             else:  # [Eq. 3]
                 batch = outcome_advantages(batch, token_rewards_BT.sum(1), config)
+            costs.end("logprobs")
 
             # Phase 6. Update [Eq. 2, Eq. 3].
             losses = update(models, batch, step, config, rng)
+            costs.end("update")
 
             # Phase 7. Log.
-            seconds = {"rollout": rolled_out - began, "update": time.perf_counter() - rolled_out}
-            record = measure(step, rollouts, rewards_B, em_B, losses, seconds, config)
+            record = measure(step, rollouts, rewards_B, em_B, losses, costs, config)
             append(out / "samples.jsonl", sample_record(step, rollouts[0], task.tokenizer))
             bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
 
@@ -240,7 +248,7 @@ def logprobs_under(model, batch, config):
 
 def token_rewards(models, batch, rewards_B, config):
     """Phase 4: put old and reference log-probs and values into the batch -> token rewards [B, T]."""
-    if config.no_mask or config.recompute_old_logprobs:  # [D9]; nobody sampled the retrieved tokens
+    if (config.no_mask or config.recompute_old_logprobs) and not config.old_is_new:  # [D9]; nobody sampled passages
         batch.old_logprobs_BT = logprobs_under(models.policy, batch, config)
     token_rewards_BT = rewards_at_end(rewards_B.to(batch.ids_BL.device), batch.mask_BT)
     if config.kl_in == "reward":  # [Eq. 1]  r - beta log(pi / pi_ref): k1, token by token, under the old policy
@@ -310,7 +318,8 @@ def update(models, batch, step, config, rng):
 def reinforcement_loss(models, part, config):
     """[Eq. 2, Eq. 3] Clipped surrogate, KL penalty if it stands in the loss, entropy bonus -> (loss, metrics)."""
     new, kl_metrics = new_logprobs(models, part, config)
-    surrogate, clipped = policy_loss(new.logp, part.old_logprobs_BT, part.advantages_BT, part.mask_BT, config.clip_eps)
+    old_logprobs_BT = new.logp.detach() if config.old_is_new else part.old_logprobs_BT  # [D9]
+    surrogate, clipped = policy_loss(new.logp, old_logprobs_BT, part.advantages_BT, part.mask_BT, config.clip_eps)
     entropy = token_mean(new.entropy, part.mask_BT)
     loss = surrogate - config.entropy_coef * entropy
     if config.kl_in == "loss":  # + beta KL(pi || pi_ref): PLUS in a loss. With a minus the policy is paid to run away.
@@ -344,7 +353,7 @@ def learning_rate_factor(step, warmup_steps, config):
 
 # ----- 5. Phases 7 and 8: logging, evaluating, saving, ending -----
 
-def measure(step, rollouts, rewards_B, em_B, losses, seconds, config):
+def measure(step, rollouts, rewards_B, em_B, losses, costs, config):
     """The metrics of a step. Counts are means over all B rollouts; kl, entropy, clip_ratio over trained tokens."""
     mean = lambda values: sum(values) / len(rollouts)
     em_Q = em_B.view(-1, config.group_size).mean(1).tolist()
@@ -360,8 +369,7 @@ def measure(step, rollouts, rewards_B, em_B, losses, seconds, config):
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
         "env/number_of_valid_search": mean([r.num_searches for r in rollouts]),
         "env/finish_ratio": mean([r.finished for r in rollouts]), "state_tokens/coverage": sum(own) / sum(response),
-        **{f"timing_s/{phase}": value for phase, value in seconds.items()},
-        "tokens_per_s": sum(len(r.ids) for r in rollouts) / sum(seconds.values()),
+        "tokens_per_s": sum(len(r.ids) for r in rollouts) / costs.seconds, **costs.metrics,
         "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
     }  # fmt: skip
 
@@ -403,9 +411,23 @@ def append(path, record):
 
 def save_checkpoint(step, models, tokenizer, config):
     """OUTPUT_DIR/checkpoint-<step>: an ordinary Hugging Face folder with merged adapters, how its conversations run
-    (search_r1.json), and what resuming needs (trainer_state.pt). It appears whole or not at all."""
+    (search_r1.json), and what resuming needs (trainer_state.pt), which only the newest keeps: it is several times the
+    model. It appears whole or not at all. Mistake if the disk is full."""
     out = Path(config.output_dir)
     unfinished = out / f"unfinished-{step}"
+    try:
+        write_checkpoint(unfinished, step, models, tokenizer, config)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors report it
+        shutil.rmtree(unfinished, ignore_errors=True)
+        why = f"{str(error).strip().splitlines()[0]}; older checkpoints are whole"
+        raise Mistake(f"checkpoint-{step} cannot be written to {out}: {why}; make room, then --resume {out}") from None
+    shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
+    unfinished.rename(out / f"checkpoint-{step}")
+    for state in out.glob("checkpoint-*/trainer_state.pt"):
+        if state.parent.name != f"checkpoint-{step}":
+            state.unlink()
+
+def write_checkpoint(unfinished, step, models, tokenizer, config):
     models.policy.save_pretrained(unfinished, state_dict=merged_state(models.policy))
     tokenizer.save_pretrained(unfinished)
     about = {"world_seed": config.world_seed, "corpus": config.corpus or None, "encoder": config.encoder}
@@ -417,8 +439,6 @@ def save_checkpoint(step, models, tokenizer, config):
         state[f"{name}_optimizer"] = optimizer.state_dict()
         state[name] = {key: master.detach() for key, master in zip(trained(network, name), masters)}
     torch.save(state, unfinished / "trainer_state.pt")
-    shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
-    unfinished.rename(out / f"checkpoint-{step}")
 
 def restore(models, config):
     """Load the newest checkpoint of a run -> its step. Cut the logs back to it: what came after is done again."""
@@ -500,18 +520,18 @@ class Task:
     draw: object  # step -> list of Q Questions
     train_sample: list  # training questions, to compare with
     held_out: list  # the questions of every evaluation
+    bytes_on_card: int = 0  # of the search engine
 
 def load_run(config, format_steps=data.BaseConfig.policy_steps):
     """Config -> (policy, Task). Without --model the tiny world's, whose base model had format_steps of format."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if not config.model:
         return load_tiny(config, device, format_steps)
-    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.startswith("cuda"))
-    policy, tokenizer = load_checkpoint(config.model, device, torch.bfloat16 if bf16 else torch.float32)
+    policy, tokenizer = load_checkpoint(config.model, device, data.weights_dtype(config.dtype, device))
     # Sets by name have an evaluation split of their own; of a file the last tenth is held out.
     eval_data = config.eval_data or ("" if Path(config.train_data).is_file() else config.train_data)
     others = data.question_files(eval_data, "eval") if eval_data else []
-    questions, engine, _ = data.task(0, config.corpus, config.train_data, "train", config.encoder, others)
+    questions, engine, _ = data.task(0, config.corpus, config.train_data, "train", config.encoder, others, device)
     if eval_data:
         held_out = data.load_data(eval_data, "eval")
     else:
@@ -527,7 +547,7 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
         return [orders[epoch][i] for epoch, i in places]
 
     samples = fixed_sample(questions, config.eval_limit), fixed_sample(held_out, config.eval_limit)
-    return policy, Task(tokenizer, engine.search, draw, *samples)
+    return policy, Task(tokenizer, engine.search, draw, *samples, engine.bytes_on_card)
 
 def load_tiny(config, device, format_steps):
     """The tiny world and its base model, made on the spot at the first run -> (policy, Task)."""
@@ -625,6 +645,15 @@ def resumed_config(given):
 
 # ----- 8. What came out -----
 
+def measured_memory(device, config):
+    """-> text: on a GPU the most that tensors took in each phase, and that the card had lent at the end of one."""
+    if device.type != "cuda":
+        return f"{size(peak_bytes(device))}, with Python and its imports"
+    records = read_runs([config.output_dir])[Path(config.output_dir).name]
+    most = lambda name: size(max(r.get(name, 0) for r in records) * 2**30)
+    phases = ", ".join(f"{most(f'memory_gib/{phase}')} {phase}" for phase in ("rollout", "logprobs", "update"))
+    return f"{phases}; all that the card lent, context and graphs included: {most('memory_gib/card')}"
+
 def report(config):
     """Print one transcript before and one after, and in a sentence what came out and whether it was to be expected."""
     out = Path(config.output_dir)
@@ -634,7 +663,8 @@ def report(config):
         gold = " or ".join(sample["golden_answers"])
         print(f"\n--- {title} (greedy, a held-out question; gold answer: {gold}; reward {sample['reward']:.0f})")
         print((sample["question"] + "\n" + sample["transcript"]).translate(HARMLESS))
-    spent = {name: sum(r.get(f"timing_s/{name}", 0) for r in records) for name in ("rollout", "update", "eval")}
+    phases = ("rollout", "logprobs", "update", "eval")
+    spent = {name: sum(r.get(f"timing_s/{name}", 0) for r in records) for name in phases}
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in spent.items()) + f"; all in {out}")
     plain = config.preset == "tiny" and config.method == "search-r1" and not (config.no_mask or config.shuffle_rewards)
     if plain and config.steps >= PRESETS[f"tiny/{config.algo}"].get("steps", Config.steps):
@@ -647,15 +677,15 @@ def report(config):
         print(f"{now}, as expected." if fine else f"{now}, BELOW the expected 95% / 90%.")
 
 def main(argv=None):
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # blocks of many sizes leave fewer gaps
     config = parse_config(sys.argv[1:] if argv is None else argv)
     print("config: " + ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
     with shortage_named(config):
         policy, task = load_run(config)
-        memory = predict_memory(policy, config)
+        memory = predict_memory(policy, config, task.bytes_on_card)
         print(memory_table(memory))
         train(config, policy, task)
-    measured, predicted = size(peak_bytes(policy.device)), size(predicted_peak(memory)[0])
-    print(f"memory, measured: {measured} at the most (on a CPU with Python and its imports); predicted: {predicted}")
+    print(f"memory, predicted: {size(predicted_peak(memory)[0])}; measured: {measured_memory(policy.device, config)}")
     plot_runs(read_runs([config.output_dir]), Path(config.output_dir) / "curves.png")
     report(config)
 

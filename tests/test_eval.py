@@ -498,7 +498,7 @@ def test_a_killed_comparison_goes_on_where_it_was(files, asked, monkeypatch):
     asked.clear()
     find, calls = data.engine_from, []
 
-    def breaking(where):
+    def breaking(where, device=None):
         def search(queries, top_k):
             calls.append(queries)
             if len(calls) in (4, 6):  # rag: two sets of two batches, this is its last; the next is the first of ircot

@@ -5,6 +5,10 @@ addresses that it saw. On a machine with a GPU the same cases run with real grap
 """
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import engine
 import eval as evaluation
 import kernels
@@ -21,6 +26,7 @@ import searchr1
 import train
 from models import Adapted, adam, adapt, make_models, role, trained
 
+ROOT = Path(models.__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -440,3 +446,59 @@ def test_a_decoding_step_starts_so_many_kernels_a_layer(monkeypatch, kind, rank,
     more = 2 * (kind == "Qwen3")
     assert fused == models.STEP_KERNELS + more + models.ADAPTER_KERNELS * bool(rank)
     assert count(2, True) <= 2 * fused + 20  # beside the layers: positions, the mask, the last norm
+
+
+# ----- What a GPU machine may lack, or have too much of -----
+
+
+def test_hugging_faces_package_kernels_beside_kernels_py_is_harmless(tmp_path):
+    """Claim: where a distribution `kernels` of a version that transformers wants is installed, transformers imports from
+    this repository as ever, and the model classes are its own.
+    Fails if: __getattr__ goes from kernels.py, or a name from HUGGING_FACE.
+    """
+    info = tmp_path / "kernels-0.18.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    code = (
+        "from transformers.utils.import_utils import is_kernels_available as there; assert there()\n"
+        "from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm as norm; import kernels\n"
+        "assert norm.__module__.endswith('qwen2') and kernels.fused_logprob_kl and not hasattr(kernels, 'fused')"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_without_a_compiler_one_line_says_so_before_anything_is_trained(monkeypatch):
+    """Claim: the kernels are launched once when the models are made; what Triton says without gcc is one line.
+    Fails if: try_kernels catches OSError only.
+    """
+    models.try_kernels("cpu")
+
+    def launch(*args):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(models, "fused_logprob_kl", launch)
+    with pytest.raises(engine.Mistake, match="Triton cannot build .* C compiler.*; install gcc or clang"):
+        models.try_kernels("cpu")
+
+
+@pytest.mark.parametrize(
+    "wish, device, has_bf16, want",
+    [
+        ("auto", "cpu", None, torch.float32), ("bf16", "cpu", None, torch.bfloat16), ("auto", "mps", None, torch.float32),
+        ("auto", "cuda", True, torch.bfloat16), ("fp32", "cuda:0", True, torch.float32),
+        ("auto", "cuda", False, torch.float32), ("bf16", "cuda", False, torch.float32),
+    ],
+)  # fmt: skip
+def test_a_card_without_bf16_gets_fp32_and_a_line(monkeypatch, capsys, wish, device, has_bf16, want):
+    """Claim: bf16 by default where a GPU computes in it. A T4, which only pretends to, gets fp32, and a line says so.
+    Fails if: weights_dtype asks with including_emulation=True, or a CPU gets bf16 by default.
+    """
+
+    def supported(including_emulation=True):
+        return has_bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert data.weights_dtype(wish, device) == want
+    assert capsys.readouterr().out.count("no bf16") == (has_bf16 is False)

@@ -27,7 +27,7 @@ from course import rerank
 from course.rerank import Reranker
 from data import run_main
 from retrieval import (
-    BM25, Dense, HashedEncoder, HttpEngine, Passage, PassageFile, SearchEngine, SearchFailed, Server,
+    BM25, Dense, FlatOnCard, HashedEncoder, HttpEngine, Passage, PassageFile, SearchEngine, SearchFailed, Server,
     TransformerEncoder, build, build_index, engine_from, load_engine, load_passages, make_index, plan_index,
     written_whole,
 )  # fmt: skip
@@ -295,6 +295,41 @@ def tiny_bert(folder, name, kind="AutoModel", **settings):
     getattr(transformers, kind).from_config(config).save_pretrained(folder / name)
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / name)
     return str(folder / name)
+
+
+def test_a_flat_index_on_the_card_finds_what_faiss_finds(monkeypatch, tmp_path):
+    """Claim: one fp16 matrix product and a top-k give FAISS Flat's scores up to rounding, and its rows wherever two
+    scores are further apart than that, for more queries than one piece holds. load_engine takes it for a Flat index
+    whose encoder is on a GPU, if it fits, and counts its bytes; with device="cpu" nothing goes to the card.
+    Fails if: the pieces are put together in another order, FlatOnCard multiplies by the rows of a piece only, or
+    load_engine does not look at CARD_BYTES.
+    """
+    vectors_NE = np.random.default_rng(0).standard_normal((300, 32)).astype(np.float32)
+    vectors_NE /= np.linalg.norm(vectors_NE, axis=1, keepdims=True)
+    index, query_SE = retrieval.make_index("Flat", vectors_NE), np.ascontiguousarray(vectors_NE[:130, ::-1])
+    (want_SK, rows_SK), (got_SK, found_SK) = index.search(query_SE, 5), FlatOnCard(index, "cpu").search(query_SE, 5)
+    assert (got_SK.dtype, found_SK.dtype) == (np.float32, np.int64)
+    np.testing.assert_allclose(got_SK, want_SK, atol=1e-3)
+    clear = np.abs(np.diff(want_SK, axis=1, append=-1)).clip(max=1) > 2e-3
+    clear[:, 1:] &= clear[:, :-1].copy()
+    assert clear.mean() > 0.8 and (found_SK == rows_SK)[clear].all()
+
+    def on_card(settings, passages, weight_file, device=None):
+        encoder = HashedEncoder(passages)
+        encoder.device = device or "cuda"
+        return encoder
+
+    lines = [json.dumps({"id": str(i), "contents": f"T{i}\nword{i}"}) for i in range(9)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    build(tmp_path / "c.jsonl", tmp_path / "index", {"encoder": "hashed"})
+    monkeypatch.setattr(retrieval, "make_encoder", on_card)
+    monkeypatch.setattr(retrieval, "FlatOnCard", lambda index, device: FlatOnCard(index, "cpu"))
+    card, cpu = load_engine(tmp_path / "index"), load_engine(tmp_path / "index", device="cpu")
+    monkeypatch.setattr(retrieval, "CARD_BYTES", 2 * 9 * 512 - 1)
+    full = load_engine(tmp_path / "index")
+    assert [type(e.ranker.index) is FlatOnCard for e in (card, cpu, full)] == [True, False, False]
+    assert [e.bytes_on_card for e in (card, cpu, full)] == [retrieval.ENCODER_BYTES + 9216, 0, retrieval.ENCODER_BYTES]
+    assert card.search(["word4"], 1) == cpu.search(["word4"], 1)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -167,6 +168,33 @@ def test_the_loop_never_makes_a_wall_of_logits(tokenizer, model, kl_in):
     losses = train.update(networks, batch, 1, config, random.Random(0))
     assert (batch.old_logprobs_BT[batch.mask_BT] < 0).all() and "kl" in losses
     assert kl_in == "loss" or (batch.ref_logprobs_BT[batch.mask_BT] < 0).all()
+
+
+@pytest.mark.parametrize("algo, flags", [("grpo", {}), ("reinforce", {}), ("grpo", {"no_mask": True})])
+def test_with_one_update_a_step_old_logprobs_need_no_pass_of_their_own(tokenizer, model, algo, flags):
+    """Claim: [D9] with one update a step and the KL in the loss, the update's own log-probs are the old ones: the same
+    gradient as with a pass of their own, over several micro-batches, too, and one pass less over the policy.
+    Fails if: old_is_new does not ask for minibatches == 1, or reinforcement_loss takes the sampler's log-probs.
+    """
+    batch, _ = a_batch(tokenizer, model)
+    sampler = batch.old_logprobs_BT + 0.5 * batch.mask_BT  # a sampler that rounds otherwise
+    results = []
+    for minibatches, spare in ((1, True), (1, False), (2, True)):
+        config = train.Config(algo=algo, minibatches=minibatches, recompute_old_logprobs=True, group_size=4,
+                              micro_batch_tokens=300, **flags)  # fmt: skip
+        assert config.old_is_new == (minibatches == 1)
+        policy, batch.old_logprobs_BT, passes = copy.deepcopy(model), sampler.clone(), []
+        networks = make_models(policy, config)
+        policy.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+        if not spare:  # as if it were not known
+            batch.old_logprobs_BT = train.logprobs_under(policy, batch, config)
+        train.token_rewards(networks, batch, torch.ones(len(batch.ids_BL)), config)
+        before = len(passes)
+        assert (before == 0) == (spare and minibatches == 1)
+        train.update(networks, batch, 1, config, random.Random(0))
+        results.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=0)
+    assert not torch.allclose(results[0], results[2], atol=1e-6, rtol=0)
 
 
 # ----- Phase 5: advantages -----
@@ -461,14 +489,24 @@ def test_slots_bound_what_is_in_flight_and_change_nothing_else(small_base, monke
 
 
 @pytest.mark.parametrize("flags", [["--algo", "grpo"], ["--algo", "reinforce", "--kl-in", "reward"]])
-def test_a_resumed_run_is_the_uninterrupted_run(small_base, flags):
+def test_a_resumed_run_is_the_uninterrupted_run(small_base, monkeypatch, flags):
     """Claim: killed after step 1 of 2 and resumed, the metrics and weights are those of a run that was left alone. So
-    they are from a checkpoint of an earlier version, whose state has no full fp32 policy.
-    Fails if: restore() forgets the optimiser or where the policy was, or a step's randomness depends on earlier steps.
+    they are from a checkpoint of an earlier version, whose state has no full fp32 policy. Of the checkpoints of a run
+    only the newest keeps what resuming needs.
+    Fails if: restore() forgets the optimiser or where the policy was, a step's randomness depends on earlier steps, or
+    `state.unlink()` goes from save_checkpoint.
     """
-    run = SMALL + flags + ["--steps", "2", "--save-every", "1"]
+    run, save = SMALL + flags + ["--steps", "2", "--save-every", "1"], train.save_checkpoint
+
+    def saved(step, *args):
+        save(step, *args)
+        if step == 1:  # as if it died in step 2
+            shutil.copytree("whole", "killed")
+
+    monkeypatch.setattr(train, "save_checkpoint", saved)
     train.main(run + ["--output-dir", "whole"])
-    shutil.copytree("whole", "killed", ignore=shutil.ignore_patterns("checkpoint-2"))  # as if it had died before that
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert [str(state) for state in Path("whole").rglob("trainer_state.pt")] == ["whole/checkpoint-2/trainer_state.pt"]
     shutil.copytree("killed", "earlier")
     state = torch.load("earlier/checkpoint-1/trainer_state.pt")
     assert state.pop("policy")
@@ -478,6 +516,30 @@ def test_a_resumed_run_is_the_uninterrupted_run(small_base, flags):
         train.main(["--resume", resumed])
         assert metrics(resumed) == metrics("whole")
         assert all(torch.equal(a, b) for a, b in zip(weights("whole"), weights(resumed), strict=True))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed"), "safetensors"])
+def test_a_full_disk_is_one_line_and_older_checkpoints_stay_whole(small_base, monkeypatch, error):
+    """Claim: whether Python, torch or safetensors finds the disk full, the run ends with one line that says what is
+    kept, leaves no half a checkpoint, and goes on from the older one when there is room.
+    Fails if: save_checkpoint catches OSError only, or leaves `unfinished` behind.
+    """
+    error, write = SafetensorError("No space left on device") if error == "safetensors" else error, train.torch.save
+
+    def full(state, path):
+        if state["step"] == 2:
+            raise error
+        write(state, path)
+
+    monkeypatch.setattr(train.torch, "save", full)
+    message = "checkpoint-2 cannot be written to full: .*; older checkpoints are whole; make"
+    with pytest.raises(Mistake, match=message) as ended:
+        train.main(SMALL + ["--steps", "2", "--save-every", "1", "--output-dir", "full"])
+    assert "\n" not in str(ended.value)
+    assert sorted(d.name for d in Path("full").iterdir() if d.is_dir()) == ["checkpoint-1"]
+    monkeypatch.setattr(train.torch, "save", write)
+    train.main(["--resume", "full"])
+    assert [line["step"] for line in metrics("full")] == [0, 1, 2]
 
 
 def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, capsys):
