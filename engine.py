@@ -128,10 +128,9 @@ def decode(policy, block, ids_n1):
     """hidden_states() of one id a row over static buffers, on a GPU as a replayed CUDA graph -> [n, 1, D].
 
     One token takes hundreds of small kernels. Started one by one from Python they take longer than reading all weights;
-    a graph starts them at once, but only for fixed shapes. So rows are padded to all slots, a half or a quarter of
-    them, columns to a quarter, a half, three quarters or all of the buffer: twelve graphs at most, since each takes up
-    to 0.1 GB. A graph is made when its shape first occurs. Padding rows are free slots: the next prompt overwrites what
-    they write."""
+    a graph starts them at once, but only for fixed shapes, and takes up to 0.1 GB. So there are few shapes: rows are
+    padded to all slots, a half or an eighth of them, columns to quarters of the buffer. A graph is made when its shape
+    first occurs. Padding rows are free slots: the next prompt overwrites what they write."""
     slots = block.slots
     if not slots.graphs:
         return hidden_states(policy, block, ids_n1)
@@ -144,10 +143,9 @@ def decode(policy, block, ids_n1):
     return checked(policy, slots, shape, inputs, lambda: hidden_states(policy, fixed, inputs[0]), block, ids_n1)
 
 def graph_shape(slots, n, width):
-    """(rows, columns) of the graph for n rows that see `width` columns."""
-    rows, quarter = len(slots.lengths), -(-(slots.capacity - 1) // 4)
-    for _ in range(2):
-        rows = rows // 2 if rows // 2 >= n else rows
+    """(rows, columns) of the graph for n rows that see `width` columns: twelve shapes at most."""
+    count, quarter = len(slots.lengths), -(-(slots.capacity - 1) // 4)
+    rows = next(rows for rows in (count // 8, count // 2, count) if rows >= n)
     return rows, min(slots.capacity - 1, -(-width // quarter) * quarter)
 
 def replayed(slots, shape, block, ids_n1):
@@ -313,7 +311,12 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
 
     Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
     rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
-    side changes nothing but last bits: the draw that picks a token belongs to its conversation and position."""
+    side changes nothing but last bits: the draw that picks a token belongs to its conversation and position.
+
+    The tail decides how long this takes. Once the queue is empty nobody takes a free slot, yet every token still reads
+    all weights: of 80 conversations over 64 slots, 24 are in flight on average, and half of the steps serve fewer than
+    16 [tests/bench_slots.py]. 48 slots would take some 5 % longer. What would help is not simple: nobody knows beforehand
+    which conversations are long, and to begin the next step's early means to sample them from an older policy."""
     if not conversations:
         return
     device = policy.get_output_embeddings().weight.device

@@ -22,8 +22,8 @@ predictions; tests/bench_gpu.py measures them on a GPU.
 
                   predicted peak, GiB    seconds a step    a whole run
                      GRPO     PPO          GRPO   PPO       GRPO    PPO
-    qwen2.5-0.5b     15.9    21.8            12    22       1.3 h   2.4 h
-    qwen2.5-1.5b     14.9    15.5            29    47       2.4 h   3.9 h
+    qwen2.5-0.5b     15.9    21.8            12    21       1.3 h   2.3 h
+    qwen2.5-1.5b     14.9    15.5            28    47       2.3 h   3.9 h
     qwen2.5-3b       21.2    21.1            52    92       4.3 h   7.7 h
     llama-3.2-3b     19.4    20.2            74   107       6.2 h   8.9 h
 

@@ -204,7 +204,7 @@ def test_without_graphs_none_is_made(model, tokenizer, monkeypatch):
 def test_there_are_at_most_twelve_shapes_of_graphs(model):
     """Claim: for every number of rows and every width there is a graph that holds them, three numbers of rows and four
     widths at the most, models.GRAPHS of the memory table; the width is a quarter of the buffer too large at most.
-    Fails if: rows are halved once more, or the width is not cut to the visible columns.
+    Fails if: another number of rows is allowed, or the width is not cut to the visible columns.
     """
     for count, length in ((64, 4096), (20, 4096), (240, 256), (5, 37), (1, 9)):
         slots = engine.Slots(model, count, length, static=True)
