@@ -117,7 +117,7 @@ def test_each_method_over_graphs_is_the_plain_one(graphs, tokenizer, method):
 def test_two_sets_of_slots_and_two_roles_side_by_side(graphs, tokenizer):
     """Claim: policy and reference of one adapted model, each with slots of its own, as in rejection sampling, give what
     they give without graphs, in turn and again.
-    Fails if: one set of slots serves both (`writer_slots = slots` in train.train): a graph has one role for ever.
+    Fails if: both are given slots["policy"]: a graph has one role for ever, as the last line shows.
     """
     policy, make = graphs
     adapt(policy, ("policy",), 3, 30.0)
@@ -287,7 +287,7 @@ class FakeCard(TorchFunctionMode):
 def test_bodies_adapters_critic_and_logprobs_stay_on_the_card(kind, rank):
     """Claim: bf16 bodies with fused norms, adapters of two roles, the critic, log-probs of policy and reference: every
     tensor is on the card, in the dtype that it should have.
-    Fails if: new_state makes its tensor, or statistics_twin its columns, without `device=`; Critic's `.float()` is gone.
+    Fails if: new_state makes its tensor, or statistics_twin its columns, without `device=`.
     """
     networks = make_models(shaped(kind, dtype=torch.bfloat16), train.Config(algo="ppo", lora_rank=rank))
     models.fuse_norms(networks.policy)

@@ -396,11 +396,15 @@ def test_sft_raises_the_logprob_of_the_gold_answer_and_of_nothing_else(tokenizer
 @pytest.mark.paper
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", "2", "--lr", "1"]])
 def test_rejection_sampling_imitates_the_base_models_right_rollouts(small_base, monkeypatch, flags):
-    """Claim: every step's rollouts are the untouched base model's, whatever was learned before; only rows with reward
-    are trained, and a step without any trains nothing.
-    Fails if: the writer is the policy (or, with adapters, plays its role), outcome_advantages() keeps every row, or
-    update goes on where no advantage is left.
+    """Claim: every step's rollouts are the untouched base model's, whatever was learned before, in slots of their own,
+    since a graph knows one role; only rows with reward are trained, and a step without any trains nothing.
+    Fails if: the writer is the policy (or, with adapters, plays its role), outcome_advantages() keeps every row, update
+    goes on where no advantage is left, or `new_slots()` of the rejection branch is `slots`.
     """
+    writes, reads = [], []
+    keep = lambda call, where, at: lambda *args, **how: where.append(how.get("slots") or args[at]) or call(*args, **how)
+    monkeypatch.setattr(train, "rollout", keep(train.rollout, writes, -1))
+    monkeypatch.setattr(train, "evaluate", keep(train.evaluate, reads, -1))
     monkeypatch.setattr(train, "outcome_reward", lambda answer, gold: float(answer is not None))
     seen, batches, plain = [], [], train.update
     monkeypatch.setattr(train, "rewards", lambda *args, plain=train.rewards: seen.append(args[0]) or plain(*args))
@@ -412,6 +416,7 @@ def test_rejection_sampling_imitates_the_base_models_right_rollouts(small_base, 
     asked = [r.question for r in seen[1][::5]]
     untouched = searchr1.rollout(base, task.tokenizer, asked, task.search, settings, 5, generator=generator)
     assert [r.ids for r in seen[1]] == [r.ids for r in untouched]
+    assert len(writes) == 2 and len(set(map(id, writes))) == 1 == len(set(map(id, reads))) and writes[0] is not reads[0]
     moved = AutoModelForCausalLM.from_pretrained("run/checkpoint-2").state_dict()
     assert any(not torch.equal(moved[name], value) for name, value in base.state_dict().items())
     for rollouts, batch in zip(seen, batches, strict=True):
