@@ -4,14 +4,13 @@ A CUDA graph is emulated: capturing runs the step three times, a replay runs its
 addresses that it saw. On a machine with a GPU the same cases run with real graphs.
 """
 
+import ast
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import sampled, shaped
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -83,7 +82,7 @@ def same(got, want):
 # ----- Graphs -----
 
 
-@pytest.mark.parametrize("slots", [12, 8, 5, 4, 1])
+@pytest.mark.parametrize("slots", [12, 5, 1])
 def test_rollouts_over_graphs_are_the_plain_ones(graphs, tokenizer, slots):
     """Claim: groups of four (or single rollouts) over all slots, over too few, over some that stay empty and over one:
     ids, mask, searches and log-probs equal those without graphs, for growing widths and leaving rows.
@@ -206,7 +205,7 @@ def test_there_are_at_most_twelve_shapes_of_graphs(model):
     widths at the most, models.GRAPHS of the memory table; the width is a quarter of the buffer too large at most.
     Fails if: another number of rows is allowed, or the width is not cut to the visible columns.
     """
-    for count, length in ((64, 4096), (20, 4096), (240, 256), (5, 37), (1, 9)):
+    for count, length in ((64, 256), (20, 256), (5, 37), (1, 9)):
         slots = engine.Slots(model, count, length, static=True)
         shapes = {(n, w): engine.graph_shape(slots, n, w) for n in range(1, count + 1) for w in range(1, length + 1)}
         for (n, w), (rows, width) in shapes.items():
@@ -282,8 +281,7 @@ class FakeCard(TorchFunctionMode):
         return model
 
 
-@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama"])
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("kind, rank", [("Qwen2", 3), ("Qwen3", 0), ("Llama", 3)])
 def test_bodies_adapters_critic_and_logprobs_stay_on_the_card(kind, rank):
     """Claim: bf16 bodies with fused norms, adapters of two roles, the critic, log-probs of policy and reference: every
     tensor is on the card, in the dtype that it should have.
@@ -451,22 +449,19 @@ def test_a_decoding_step_starts_so_many_kernels_a_layer(monkeypatch, kind, rank,
 # ----- What a GPU machine may lack, or have too much of -----
 
 
-def test_hugging_faces_package_kernels_beside_kernels_py_is_harmless(tmp_path):
-    """Claim: where a distribution `kernels` of a version that transformers wants is installed, transformers imports from
-    this repository as ever, and the model classes are its own.
+def test_hugging_faces_package_kernels_beside_kernels_py_is_harmless():
+    """Claim: where Hugging Face's package `kernels` is installed, transformers takes this repository's file for it. All
+    that the installed transformers then imports is there, and decorates nothing: the model classes are its own.
     Fails if: __getattr__ goes from kernels.py, or a name from HUGGING_FACE.
     """
-    info = tmp_path / "kernels-0.18.2.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
-    code = (
-        "from transformers.utils.import_utils import is_kernels_available as there; assert there()\n"
-        "from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm as norm; import kernels\n"
-        "assert norm.__module__.endswith('qwen2') and kernels.fused_logprob_kl and not hasattr(kernels, 'fused')"
-    )
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    folder = Path(transformers.__file__).parent / "integrations/hub_kernels.py"
+    imports = [node for node in ast.walk(ast.parse(folder.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = [name.name for node in imports if node.module == "kernels" for name in node.names]
+    assert len(names) > 10
+    for name in names:
+        assert getattr(kernels, name)("RMSNorm")(FakeCard) is FakeCard
+    with pytest.raises(AttributeError, match="kernels.py has no fused$"):
+        kernels.fused
 
 
 def test_without_a_compiler_one_line_says_so_before_anything_is_trained(monkeypatch):

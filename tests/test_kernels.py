@@ -5,6 +5,7 @@ where there is a GPU, and run in Triton's interpreter elsewhere. BLOCK is 64 her
 several blocks.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -419,13 +420,13 @@ def test_autocast_and_fp32_master_weights_do_not_round_the_logits(impl):
 
 def test_no_wall_of_logits():
     """Claim: log-probs and gradients of 4096 rows take at most a tenth of the memory of the plain expression, beyond
-    the inputs (vocabulary 32768, 256 dimensions, 45 % of the rows active). Every allocation and release is counted. The
-    plain expression is measured with 512 rows and taken eight times: it holds three tensors of rows x vocabulary.
+    the inputs (vocabulary 32768, 64 dimensions, 45 % of the rows active). Every allocation and release is counted. The
+    plain expression is measured with 128 rows and taken 32 times: it holds three tensors of rows x vocabulary.
     Fails if: default_chunk takes the whole vocabulary as one slice (`columns = ` -> `columns = 1000 * `).
     """
-    case = lambda rows: bench_kernels.example(rows, 32768, 256, device=DEVICE)
+    case = lambda rows: bench_kernels.example(rows, 32768, 64, device=DEVICE)
     peak = lambda f, rows: bench_kernels.peak_memory(bench_kernels.backward_of(f, case(rows)), DEVICE)
-    eager = 8 * peak(bench_kernels.eager_logprob, 512)
+    eager = 32 * peak(bench_kernels.eager_logprob, 128)
     assert eager >= 3 * 4096 * 32768 * 4  # so every allocation was counted
     assert peak(lambda *a: fused_linear_logprob_kl(*a).logp, 4096) <= eager / 10
 
@@ -497,18 +498,18 @@ def test_auto_takes_the_kernels_on_a_gpu_only_and_says_what_triton_lacks(monkeyp
         kernels.resolve_impl("triton", gpu)
 
 
-def test_without_triton_the_file_imports_and_computes():
+def test_without_triton_the_file_imports_and_computes(monkeypatch):
     """Claim: without the package triton, kernels.py can be imported and the twins do the work.
     Fails if: a kernel is defined outside `if HAVE_TRITON`; interpreted() does not ask first (`HAVE_TRITON and` taken
     out).
     """
-    code = (
-        "import sys; sys.modules['triton'] = None; import torch, kernels as k\n"
-        "assert not k.HAVE_TRITON and not k.interpreted()\n"
-        "print(k.fused_logprob_kl(torch.zeros(1, 4), torch.tensor([2])).logp.item())"
-    )
-    out, error = (done := python(code)).communicate()
-    assert done.returncode == 0 and float(out) == pytest.approx(-1.3862944), error
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location("kernels_without_triton", kernels.__file__)
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert not alone.HAVE_TRITON and not alone.interpreted()
+    logp = alone.fused_logprob_kl(torch.zeros(1, 4), torch.tensor([2])).logp
+    assert logp.item() == pytest.approx(-1.3862944)
 
 
 COMPILE = """

@@ -170,7 +170,7 @@ def test_the_loop_never_makes_a_wall_of_logits(tokenizer, model, kl_in):
     assert kl_in == "loss" or (batch.ref_logprobs_BT[batch.mask_BT] < 0).all()
 
 
-@pytest.mark.parametrize("algo, flags", [("grpo", {}), ("reinforce", {}), ("grpo", {"no_mask": True})])
+@pytest.mark.parametrize("algo, flags", [("reinforce", {}), ("grpo", {"no_mask": True})])
 def test_with_one_update_a_step_old_logprobs_need_no_pass_of_their_own(tokenizer, model, algo, flags):
     """Claim: [D9] with one update a step and the KL in the loss, the update's own log-probs are the old ones: the same
     gradient as with a pass of their own, over several micro-batches, too, and one pass less over the policy.
@@ -446,8 +446,7 @@ def test_the_same_seed_gives_the_same_metrics_twice(small_base):
 FLAGS = [
     ["--no-search"],
     ["--no-mask", "--kl-in", "reward"],
-    ["--shuffle-rewards"],
-    ["--recompute-old-logprobs"],
+    ["--shuffle-rewards", "--recompute-old-logprobs"],
     ["--algo", "ppo", "--critic-warmup-steps", "0", "--no-mask"],
     ["--group-size", "1", "--batch-size", "20"],
 ]
@@ -523,27 +522,31 @@ def test_a_resumed_run_is_the_uninterrupted_run(small_base, monkeypatch, flags):
         assert all(torch.equal(a, b) for a, b in zip(weights("whole"), weights(resumed), strict=True))
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed"), "safetensors"])
-def test_a_full_disk_is_one_line_and_older_checkpoints_stay_whole(small_base, monkeypatch, error):
+def test_a_full_disk_is_one_line_and_older_checkpoints_stay_whole(small_base, monkeypatch):
     """Claim: whether Python, torch or safetensors finds the disk full, the run ends with one line that says what is
     kept, leaves no half a checkpoint, and goes on from the older one when there is room.
     Fails if: save_checkpoint catches OSError only, or leaves `unfinished` behind.
     """
-    error, write = SafetensorError("No space left on device") if error == "safetensors" else error, train.torch.save
+    write = train.torch.save
+    errors = [OSError(28, "No space left on device"), RuntimeError("write failed"), SafetensorError("No space left")]
 
     def full(state, path):
         if state["step"] == 2:
-            raise error
+            raise errors[0]
         write(state, path)
 
     monkeypatch.setattr(train.torch, "save", full)
     message = "checkpoint-2 cannot be written to full: .*; older checkpoints are whole; make"
-    with pytest.raises(Mistake, match=message) as ended:
-        train.main(SMALL + ["--steps", "2", "--save-every", "1", "--output-dir", "full"])
-    assert "\n" not in str(ended.value)
-    assert sorted(d.name for d in Path("full").iterdir() if d.is_dir()) == ["checkpoint-1"]
+    run = SMALL + ["--steps", "2", "--save-every", "1", "--output-dir", "full"]
+    while errors:
+        with pytest.raises(Mistake, match=message) as ended:
+            train.main(run)
+        assert "\n" not in str(ended.value)
+        assert sorted(d.name for d in Path("full").iterdir() if d.is_dir()) == ["checkpoint-1"]
+        errors.pop(0)
+        run = ["--resume", "full"]
     monkeypatch.setattr(train.torch, "save", write)
-    train.main(["--resume", "full"])
+    train.main(run)
     assert [line["step"] for line in metrics("full")] == [0, 1, 2]
 
 
