@@ -315,8 +315,8 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
 
     The tail decides how long this takes. Once the queue is empty nobody takes a free slot, yet every token still reads
     all weights: of 80 conversations over 64 slots, 24 are in flight on average, and half of the steps serve fewer than
-    16 [tests/bench_slots.py]. 48 slots would take some 5 % longer. What would help is not simple: nobody knows beforehand
-    which conversations are long, and to begin the next step's early means to sample them from an older policy."""
+    16 [tests/bench_slots.py]. 48 slots would take some 6 % longer. What would help is not simple: nobody knows in
+    advance which conversations are long, and those of the next step, begun early, come from an older policy."""
     if not conversations:
         return
     device = policy.get_output_embeddings().weight.device

@@ -583,10 +583,10 @@ def main(argv=None):
     sets, files = question_sets(specs) if specs else ({}, [])
 
     def load():
-        """-> policy, tokenizer, search."""
+        """-> policy, tokenizer, search; where bf16 is the default in the checkpoint's own precision, else in fp32."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = "auto" if about["corpus"] else "fp32"  # the tiny model is no faster in bf16
-        policy, tokenizer = load_checkpoint(args.checkpoint, device, data.weights_dtype(dtype, device))
+        dtype = data.weights_dtype("auto", device)
+        policy, tokenizer = load_checkpoint(args.checkpoint, device, "auto" if dtype == torch.bfloat16 else dtype)
         _, search_engine, _ = task(about["world_seed"], about["corpus"], encoder=about["encoder"], others=files)
         return policy, tokenizer, search_engine.search
 

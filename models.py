@@ -353,9 +353,9 @@ def predict_memory(policy, config, search_bytes=0):
     slots = config.slots or config.batch_size * config.group_size
     # A block of passages on its way through a layer [engine.feed]: keys and values of its rows, gathered and repeated
     # for all heads (FEED_TOKENS columns), and the MLP's parts (as many ids at most, if all of them are prompts).
-    sets = 1 + (config.algo == "rejection")  # of slots: rejection sampling has a second one, of the base model
-    kernels = layers * (STEP_KERNELS + ADAPTER_KERNELS * lora) + 20
     block = e * min(FEED_TOKENS, slots * config.max_length) * (2 * kv + 2 * q + 3 * I + 4 * D)
+    sets = 1 + (config.algo == "rejection")  # of slots: rejection sampling has a second one, of the base model
+    kernels = layers * (STEP_KERNELS + ADAPTER_KERNELS * lora) + 20  # of a decoding step
     return {
         "weights": e * numbers(policy),
         "reference's weights": 0 if lora else e * numbers(policy),

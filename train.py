@@ -25,6 +25,7 @@ Departures, besides those of searchr1.py and models.py (P: from the paper, C: fr
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -540,11 +541,13 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     if len(questions) < config.batch_size:
         raise Mistake(f"{config.train_data} leaves {len(questions)} questions, and --batch-size is {config.batch_size}")
 
+    @functools.lru_cache(maxsize=2)
+    def shuffled(epoch):  # each epoch has its own order
+        return random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
+
     def draw(step):  # a function of the step alone, so that a resumed run goes on as planned
         places = [divmod(i, len(questions)) for i in range((step - 1) * config.batch_size, step * config.batch_size)]
-        shuffled = lambda epoch: random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
-        orders = {epoch: shuffled(epoch) for epoch in {epoch for epoch, _ in places}}
-        return [orders[epoch][i] for epoch, i in places]
+        return [shuffled(epoch)[i] for epoch, i in places]
 
     samples = fixed_sample(questions, config.eval_limit), fixed_sample(held_out, config.eval_limit)
     return policy, Task(tokenizer, engine.search, draw, *samples, engine.bytes_on_card)
@@ -645,19 +648,18 @@ def resumed_config(given):
 
 # ----- 8. What came out -----
 
-def measured_memory(device, config):
-    """-> text: on a GPU the most that tensors took in each phase, and that the card had lent at the end of one."""
+def measured_memory(device, records):
+    """A run's metrics -> text: on a GPU the most that tensors took in each phase, and that the card had lent after
+    one."""
     if device.type != "cuda":
         return f"{size(peak_bytes(device))}, with Python and its imports"
-    records = read_runs([config.output_dir])[Path(config.output_dir).name]
     most = lambda name: size(max(r.get(name, 0) for r in records) * 2**30)
     phases = ", ".join(f"{most(f'memory_gib/{phase}')} {phase}" for phase in ("rollout", "logprobs", "update"))
     return f"{phases}; all that the card lent, context and graphs included: {most('memory_gib/card')}"
 
-def report(config):
+def report(config, records):
     """Print one transcript before and one after, and in a sentence what came out and whether it was to be expected."""
     out = Path(config.output_dir)
-    records = read_runs([out])[out.name]
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     for title, sample in (("before training", samples[0]), (f"after {config.steps} steps", samples[-1])):
         gold = " or ".join(sample["golden_answers"])
@@ -685,9 +687,11 @@ def main(argv=None):
         memory = predict_memory(policy, config, task.bytes_on_card)
         print(memory_table(memory))
         train(config, policy, task)
-    print(f"memory, predicted: {size(predicted_peak(memory)[0])}; measured: {measured_memory(policy.device, config)}")
-    plot_runs(read_runs([config.output_dir]), Path(config.output_dir) / "curves.png")
-    report(config)
+    runs = read_runs([config.output_dir])
+    (records,) = runs.values()
+    print(f"memory, predicted: {size(predicted_peak(memory)[0])}; measured: {measured_memory(policy.device, records)}")
+    plot_runs(runs, Path(config.output_dir) / "curves.png")
+    report(config, records)
 
 if __name__ == "__main__":
     run_main(main)

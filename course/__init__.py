@@ -1,1 +1,1 @@
-"""For teaching: a look at the world, studies, pages, reranking, export, the paper's figures: `python -m course.NAME`."""
+"""For teaching: the world, studies, pages, reranking, export, the paper's figures, run as `python -m course.NAME`."""

@@ -9,7 +9,7 @@ process of its own; what --minutes leave no time for is named, not measured.
 
 A step: 80 conversations of the lengths that bench_slots.py draws, sampled by the engine, with random ids for passages
 and random rewards; then phases 4 to 6 of train.train. Memory: of tensors, the most in rollout, log-probs and update
-apart, and all that the card lends after each, context and graphs included. Predicted: models.predict_memory, which
+apart, and the most that the card has lent after one of them, context and graphs included. Predicted: models.predict_memory, which
 allows for the longest rollouts, and bench_slots.seconds, for a card of 1 TB/s and 80 Tflop/s.
 
 Decoding: 64 rows that hold 1500 ids each. The floor is what the card could do: read all weights, keys and values once a
@@ -34,7 +34,7 @@ import bench_slots
 import engine
 import searchr1
 import train
-from models import make_models, peak_bytes, predict_memory, predicted_peak, used_bytes
+from models import Costs, make_models, peak_bytes, predict_memory, predicted_peak
 
 QWEN = {
     "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 32768,
@@ -110,24 +110,15 @@ def one_step(preset, algo, device):
     predicted = predicted_peak(predict_memory(policy, config))[0]
     networks, rng = make_models(policy, config), random.Random(0)
     slots = engine.Slots(policy, config.slots, config.max_length)
-    vocabulary, B, marks, memory = policy.config.vocab_size, config.batch_size * config.group_size, [], []
-
-    def mark():
-        synchronize(device)
-        marks.append(time.perf_counter())
-        memory.append((peak_bytes(device), used_bytes(device)))
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
+    vocabulary, B = policy.config.vocab_size, config.batch_size * config.group_size
     prompts = [[rng.randrange(vocabulary) for _ in range(190)] for _ in range(config.batch_size)]
     question = searchr1.Question("0", "?", ("x",))
     records = [searchr1.begin(question, prompts[i // config.group_size], config.settings) for i in range(B)]
     talks = [(r, conversation(r, rng, vocabulary)) for r in records]
-    search = lambda queries: [[0] * max(100, min(500, int(rng.gauss(310, 60)))) for _ in queries]
-    generator = torch.Generator(device).manual_seed(0)
-    mark()
+    search = lambda queries: bench_slots.passages(queries, rng)
+    generator, costs = torch.Generator(device).manual_seed(0), Costs(device)
     engine.run(policy, talks, search, config.max_length, config.group_size, 1.0, generator, slots)
-    mark()
+    costs.end("rollout")
     batch = searchr1.collate(records, device)
     token_rewards_BT = train.token_rewards(networks, batch, (torch.arange(B) % 3 == 0).float(), config)
     if algo == "ppo":
@@ -135,16 +126,20 @@ def one_step(preset, algo, device):
         batch.advantages_BT = searchr1.whiten(advantages_BT, batch.mask_BT)
     else:
         batch = train.outcome_advantages(batch, token_rewards_BT.sum(1), config)
-    mark()
+    costs.end("logprobs")
     train.update(networks, batch, config.critic_warmup_steps + 1, config, rng)
-    mark()
-    took, cells = [b - a for a, b in zip(marks, marks[1:])], "-"
+    costs.end("update")
+    cells, phases = "-", ("rollout", "logprobs", "update")
+    took = [costs.metrics[f"timing_s/{phase}"] for phase in phases]
     if preset in bench_slots.MODELS:
         simulated = bench_slots.simulate(B, config.group_size, config.slots, config.max_length)
         rollout, rest = bench_slots.seconds(preset, algo, simulated)
         cells = f"{rollout:.0f} + {rest:.0f}"
     own = sum(sum(r.response_mask) for r in records)
-    tensors, card = (" / ".join(gib(m[i]) for m in memory[1:]) for i in (0, 1))
+    tensors, card = f"{gib(peak_bytes(device))}, resident", "-"
+    if device.type == "cuda":
+        tensors = " / ".join(f"{costs.metrics[f'memory_gib/{phase}']:.1f}" for phase in phases)
+        card = f"{costs.metrics['memory_gib/card']:.1f}"
     graphs = len(slots.steps) if slots.graphs else "off"
     return (
         f"| {preset}, {algo} | {gib(predicted)} | {tensors} | {card} | {graphs} | {cells} | "
@@ -219,7 +214,7 @@ def decoding(preset, device, rows, length, tokens):
 
 # ----- 3. All of it -----
 
-STEPS = ("preset", "predicted GiB", "tensors: rollout / log-probs / update", "the card: likewise", "graphs",
+STEPS = ("preset", "predicted GiB", "GiB of tensors: rollout / log-probs / update", "of the card", "graphs",
          "predicted s: rollout + the rest", "s: rollout + log-probs + update", "written tokens/s")  # fmt: skip
 DECODING = ("decoding", "rows", "floor, ms", "ours, ms", "of the floor", "generate(), ms", "ratio")
 

@@ -52,6 +52,11 @@ def conversation(r, rng):
             r.append(passages)
 
 
+def passages(queries, rng):
+    """What a search finds, by its length alone: 100 to 500 ids, 310 on average."""
+    return [[0] * max(100, min(500, int(rng.gauss(310, 60)))) for _ in queries]
+
+
 def simulate(rollouts=80, group_size=5, slots=64, max_length=4096, seed=0):
     """Run the scheduler over made-up conversations -> (list of decoding steps (rows, padded rows, columns), ids read in
     blocks, ids a rollout, written ids a rollout)."""
@@ -73,8 +78,7 @@ def simulate(rollouts=80, group_size=5, slots=64, max_length=4096, seed=0):
     plain, engine.feed = engine.feed, feed
     try:
         talks = [(r, conversation(r, rng)) for r in records]
-        search = lambda queries: [[0] * max(100, min(500, int(rng.gauss(310, 60)))) for _ in queries]
-        engine.run(policy, talks, search, max_length, group_size, 0.0, None, held)
+        engine.run(policy, talks, lambda queries: passages(queries, rng), max_length, group_size, 0.0, None, held)
     finally:
         engine.feed = plain
     own = statistics.mean(sum(r.response_mask) for r in records)
