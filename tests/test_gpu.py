@@ -349,8 +349,9 @@ def test_blocks_hidden_states_and_samples_stay_on_the_card():
 
 
 def test_the_fake_card_refuses_a_tensor_of_the_cpu():
-    """Claim: these tests can fail: an index, a sum or a mask from the CPU is an error, as on a real card.
-    Fails if: FakeCard moves what it is given (`.to(view.device)` for the index tensors).
+    """Claim: these tests can fail: a sum with a tensor of the CPU, or a condition from there, is an error, as on a real
+    card.
+    Fails if: FakeCard.__enter__ does not enter its FakeTensorMode.
     """
     with FakeCard():
         x = torch.empty(3, 4, device="cuda")
