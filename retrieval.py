@@ -36,7 +36,7 @@ import time
 import urllib.error
 import urllib.request
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,8 +47,6 @@ import numpy as np
 from tqdm import tqdm
 
 WORD = re.compile(r"\w+")
-INDEXES = ("Flat", "HNSW", "IVF-SQ8", "IVF-SQ4", "IVF-PQ")
-ASKED = ("pooling", "query_prefix", "passage_prefix")
 ENCODERS = {  # PITFALL: an encoder must be asked as it was trained. A wrong prefix or pooling costs recall silently.
     "e5": ("mean", "query: ", "passage: "),  # model card of intfloat/e5-base-v2, the paper's retriever
     "bge": ("cls", "Represent this sentence for searching relevant passages: ", ""),  # card of BAAI/bge-base-en-v1.5
@@ -89,13 +87,12 @@ def written_whole(path, mode="w"):
 
 def numbered_lines(path):
     """Yields every line of a file that is not blank: (its number from 1, its byte offset, its bytes)."""
-    position, size = 0, os.path.getsize(path)
-    with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, delay=2, desc="reading") as bar:
-        for number, line in enumerate(file, 1):
+    position = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(tqdm(file, desc="reading", unit=" lines", delay=2), 1):
             if line.strip():
                 yield number, position, line
             position += len(line)
-            bar.update(len(line))
 
 # ----- 1. Passages -----
 
@@ -107,30 +104,12 @@ def split_contents(contents):
 
 def parse_passage(line, where):
     """A line of a corpus (bytes) -> Passage. ValueError, beginning with `where`, if it is no passage."""
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no JSON; no key; no object; no string
         record = json.loads(line)
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise ValueError(f"{where}: not a JSON object ({error})") from None
-    if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("contents"), str):
-        raise ValueError(f'{where}: a passage needs "id" and "contents" (a string: title, newline, text)')
-    passage = Passage(str(record["id"]), *split_contents(record["contents"]))
-    if not passage.text:
-        raise ValueError(f'{where}: passage {passage.id!r} has no text after the title line of "contents"')
-    return passage
-
-def scan_passages(path):
-    """Check every line of a corpus -> byte offsets of its passages, int64 [N].
-    ValueError with file and line if a line is no passage or repeats an id."""
-    offsets, seen = array("q"), set()
-    for number, position, line in numbered_lines(path):
-        id = parse_passage(line, f"{path} line {number}").id
-        if hash(id) in seen:  # 64 bits instead of the string: 21 million ids take less than 2 GB
-            raise ValueError(f"{path} line {number}: id {id!r} appears a second time")
-        seen.add(hash(id))
-        offsets.append(position)
-    if not offsets:
-        raise ValueError(f"{path}: no passages in this file")
-    return np.frombuffer(offsets, np.int64)
+        title, text = split_contents(record["contents"])
+        if text:
+            return Passage(str(record["id"]), title, text)
+    raise ValueError(f'{where}: a passage needs "id" and "contents" (a title, a newline, text), here is {line[:80]!r}')
 
 class PassageFile(Sequence):
     """The passages of a corpus by row, read from disk on demand: 8 bytes of memory a passage, however long it is."""
@@ -149,16 +128,23 @@ class PassageFile(Sequence):
             return parse_passage(self.file.readline(), f"{self.file.name} row {row}")
 
 def load_passages(path):
-    """JSON lines `{"id": ..., "contents": "\\"Title\\"\\ntext"}` -> PassageFile. ValueError if a line is no passage."""
-    path = unpacked(Path(path))
-    return PassageFile(path, scan_passages(path))
+    """JSON lines `{"id": ..., "contents": "\\"Title\\"\\ntext"}`, or a .gz of them -> PassageFile.
+    ValueError with file and line if a line is no passage or repeats an id."""
+    path, offsets, seen = unpacked(Path(path)), array("q"), set()
+    for number, position, line in numbered_lines(path):
+        id = parse_passage(line, f"{path} line {number}").id
+        if hash(id) in seen:  # IRCoT joins passages by id. 64 bits instead of the string: 21 million take 2 GB
+            raise ValueError(f"{path} line {number}: id {id!r} appears a second time")
+        seen.add(hash(id))
+        offsets.append(position)
+    if not offsets:
+        raise ValueError(f"{path}: no passages in this file")
+    return PassageFile(path, np.frombuffer(offsets, np.int64))
 
 def unpacked(path):
     """x.jsonl.gz -> x.jsonl beside it, made unless it is up to date: a gzipped file cannot be read by row. Any other
     path is returned as it is. ValueError if it is not a whole gzip file."""
-    if path.suffix != ".gz":
-        return path
-    plain = path.with_suffix("")
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
     if plain.exists() and plain.stat().st_mtime >= path.stat().st_mtime:
         return plain
     try:
@@ -182,7 +168,7 @@ class HashedEncoder:
     words are nearly orthogonal (cosine about 1/sqrt(512) = 0.04), and a word has the same vector on every machine.
     PITFALL: with idf, not its root, a rare name outweighs all else: a passage that only mentions it can come first."""
 
-    dim, settings = 512, {"encoder": "hashed"}
+    dim, device, settings = 512, "cpu", {"encoder": "hashed"}
 
     def __init__(self, passages=(), weight=None):
         """Count the words of the passages to weigh them, or take the {word: weight} of an earlier encoder."""
@@ -214,16 +200,14 @@ class HashedEncoder:
         return self.encode_queries([self.text(p) for p in passages])
 
 class TransformerEncoder:
-    """Text -> unit vector [E] fp32, with any encoder that transformers loads from a folder or the hub."""
+    """Text -> unit vector [E] fp32, with any encoder that transformers loads from a folder or the hub. It is asked like
+    the row of ENCODERS whose key its name holds, otherwise like "mean". device: by default a GPU, if there is one."""
 
-    def __init__(self, model, asked=(), device=None):
-        """asked: a row of ENCODERS, by default that whose key is in the model's name. device: by default a GPU's, if
-        there is one."""
+    def __init__(self, model, device=None):
         import torch  # here, so that the hashed engine starts without it
         from transformers import AutoModel, AutoTokenizer
         like = next((key for key in ENCODERS if key in Path(model).name.lower()), "mean")
-        asked = asked or ENCODERS[like]
-        self.pooling, self.query_prefix, self.passage_prefix = asked
+        self.pooling, self.query_prefix, self.passage_prefix = ENCODERS[like]
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float16 if self.device.startswith("cuda") else torch.float32
         try:
@@ -232,7 +216,7 @@ class TransformerEncoder:
         except (OSError, ValueError) as error:
             raise ValueError(f"no encoder could be loaded from {model}: {str(error).strip().splitlines()[0]}") from None
         self.dim = self.model.config.hidden_size
-        self.settings = {"encoder": str(model), **dict(zip(ASKED, asked)), "max_length": 256}
+        self.settings = {"encoder": str(model), "like": like, "max_length": 256}
 
     def encode(self, texts, batch_size=64):
         """list of S str -> [S, E] fp32 of norm 1. Texts of similar length share a batch: less padding."""
@@ -260,22 +244,19 @@ class TransformerEncoder:
 
 def plan_index(kind, n, dim):
     """Index for n vectors [dim] -> (FAISS factory string, search settings, predicted bytes in memory and on disk).
-    Flat      compares the query with every vector: exact. 4 bytes a number.
-    HNSW      a graph of near neighbours, 32 links a vector, 64 at the bottom [Malkov, Yashunin 2016]. Fast, largest.
-    IVF-SQ8   about 4 sqrt(n) cells, of which a 64th is searched. 1 byte a number; IVF-SQ4: half a byte.
-    IVF-PQ    the same cells; 4 numbers become 1 byte, an entry of a codebook [Jegou et al. 2011]. Smallest.
-    Any other kind is a factory string of FAISS; its size is not predicted (None)."""
+    kind: one of the five below, or any other factory string of FAISS, whose size is not predicted (None)."""
     cells = max(1, min(2 ** round(math.log2(4 * math.sqrt(n))), n // 39))  # FAISS wants 39 vectors a cell to train on
-    probes = {"nprobe": max(min(8, cells), cells // 64)}
+    probes = {"nprobe": max(min(8, cells), cells // 64)}  # IVF: a query is compared with a 64th of the cells
+    ids_and_centres = 8 * n + 4 * cells * dim
     plans = {
-        "Flat": ("Flat", {}, 4 * n * dim),
+        "Flat": ("Flat", {}, 4 * n * dim),  # the query is compared with every vector: exact
+        # A graph of near neighbours, 32 links a vector, 64 at the bottom [Malkov, Yashunin 2016]. Fast, largest.
         "HNSW": ("HNSW32", {"efConstruction": 80, "efSearch": 64}, n * (4 * dim + 4 * 64 + 16)),
-        "IVF-SQ8": (f"IVF{cells},SQ8", probes, n * (dim + 8) + 4 * cells * dim),
-        "IVF-SQ4": (f"IVF{cells},SQ4", probes, n * (dim // 2 + 8) + 4 * cells * dim),
-        "IVF-PQ": (f"IVF{cells},PQ{dim // 4}x8np", probes, n * (dim // 4 + 8) + 4 * (cells + 256) * dim),
+        "IVF-SQ8": (f"IVF{cells},SQ8", probes, n * dim + ids_and_centres),  # a number in a byte
+        "IVF-SQ4": (f"IVF{cells},SQ4", probes, n * (dim // 2) + ids_and_centres),  # half a byte
+        # 4 numbers in a byte, which names an entry of a codebook [Jegou et al. 2011]. Smallest.
+        "IVF-PQ": (f"IVF{cells},PQ{dim // 4}x8np", probes, n * (dim // 4) + 4 * 256 * dim + ids_and_centres),
     }
-    if kind == "IVF-PQ" and (n < 10_000 or dim % 4):
-        raise ValueError(f"IVF-PQ needs 10,000 passages (here {n}) and a multiple of 4 dimensions ({dim}): take Flat")
     return plans.get(kind, (kind, {}, None))
 
 def make_index(kind, vectors_NE, block=65536):
@@ -284,13 +265,13 @@ def make_index(kind, vectors_NE, block=65536):
     factory, settings, _ = plan_index(kind, n, dim)
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError:
-        raise ValueError(f"--index {kind}: neither one of {', '.join(INDEXES)} nor a FAISS factory string") from None
-    for name, value in settings.items():
-        faiss.ParameterSpace().set_index_parameter(index, name, value)
-    if not index.is_trained:
-        sample = np.random.default_rng(0).permutation(n)[: max(100_000, 40 * getattr(index, "nlist", 0))]
-        index.train(np.ascontiguousarray(vectors_NE[np.sort(sample)], np.float32))
+        for name, value in settings.items():
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        if not index.is_trained:
+            sample = np.random.default_rng(0).permutation(n)[: max(100_000, 40 * getattr(index, "nlist", 0))]
+            index.train(np.ascontiguousarray(vectors_NE[np.sort(sample)], np.float32))
+    except RuntimeError as error:
+        raise ValueError(f"--index {kind} does not fit {n} vectors of {dim} numbers (see --help): {error}") from None
     for start in tqdm(range(0, n, block), desc="indexing", delay=2):
         index.add(np.ascontiguousarray(vectors_NE[start : start + block], np.float32))
     return index
@@ -313,21 +294,19 @@ class FlatOnCard:
 
     def __init__(self, index, device):
         import torch
-        self.ntotal, self.d = index.ntotal, index.d
         self.vectors_NE = torch.from_numpy(index.reconstruct_n(0, index.ntotal)).to(device, torch.float16)
 
     def search(self, query_SE, k):
         """Like the search of a FAISS index: fp32 [S, E] -> (scores [S, K] fp32, rows [S, K] int64), k <= N."""
         import torch
-        scores_SK, rows_SK = [], []
+        found = []
         for query_sE in torch.from_numpy(query_SE).to(self.vectors_NE).split(64):  # 4 N bytes of scores a query
             if query_sE.is_cuda:  # PITFALL: scores in fp16 would tie, 0.0005 apart
                 scores_sN = torch.mm(query_sE, self.vectors_NE.T, out_dtype=torch.float32)
             else:
                 scores_sN = query_sE.float() @ self.vectors_NE.T.float()
-            for found, kept in zip(scores_sN.topk(k), (scores_SK, rows_SK)):
-                kept.append(found.cpu())
-        return torch.cat(scores_SK).numpy(), torch.cat(rows_SK).numpy()
+            found.append(scores_sN.topk(k))
+        return [torch.cat(parts).cpu().numpy() for parts in zip(*found)]
 
 class BM25:
     """A ranker by shared words: rare words count more, and so do words of short passages [Robertson, Zaragoza 2009].
@@ -348,11 +327,8 @@ class BM25:
             self.vocabulary = {word: i for i, word in enumerate(vocabulary)}
             return
         self.vocabulary, word_ids, rows, counts = {}, array("i"), array("i"), array("i")
-        lengths = np.zeros(self.n, np.float32)
         for row, passage in enumerate(tqdm(passages, desc="counting words", delay=2)):
-            found = Counter(words(HashedEncoder.text(passage)))
-            lengths[row] = found.total()
-            for word, count in found.items():
+            for word, count in Counter(words(HashedEncoder.text(passage))).items():
                 word_ids.append(self.vocabulary.setdefault(word, len(self.vocabulary)))
                 rows.append(row)
                 counts.append(count)
@@ -362,12 +338,13 @@ class BM25:
         idf = np.log(1 + (self.n - df + 0.5) / (df + 0.5))
         self.starts = np.concatenate([[0], np.cumsum(df)])
         self.rows, tf = rows[order], counts[order].astype(np.float32)
+        lengths = np.bincount(rows, counts, self.n).astype(np.float32)
         norm = k1 * (1 - b + b * lengths / lengths.mean())
         self.weights = (idf[word_ids[order]] * tf / (tf + norm[self.rows])).astype(np.float32)
         if file:
             vocabulary = np.frombuffer("\n".join(self.vocabulary).encode(), np.uint8)
             with written_whole(file, "wb") as out:
-                np.savez(out, vocabulary=vocabulary, starts=self.starts, rows=self.rows, weights=self.weights, n=self.n)
+                np.savez(out, vocabulary=vocabulary, starts=self.starts, rows=self.rows, weights=self.weights)
 
     def rank(self, queries, k):
         scores_SK, rows_SK = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1)
@@ -393,7 +370,7 @@ class SearchEngine:
 
     def __init__(self, passages, ranker, cache_size=65536):
         self.passages, self.ranker, self.cache_size = passages, ranker, cache_size
-        self.cache, self.lock = OrderedDict(), threading.Lock()
+        self.cache, self.lock = {}, threading.Lock()
 
     def search(self, queries, top_k):
         """S str -> S lists of at most top_k Passages, best first, [] without a known word. ValueError if top_k < 1."""
@@ -405,16 +382,15 @@ class SearchEngine:
             raise ValueError(f"top_k={top_k}: must be at least 1")
         k = min(top_k, len(self.passages))
         with self.lock:
-            found = {q: self.cache.pop((q, k)) for q in dict.fromkeys(queries) if (q, k) in self.cache}
-            new = [q for q in dict.fromkeys(queries) if q not in found and q.strip()]
+            new = [q for q in dict.fromkeys(queries) if (q, k) not in self.cache and q.strip()]
             if new:
                 for q, scores_K, rows_K in zip(new, *self.ranker.rank(new, k)):
                     # PITFALL: FAISS gives row -1 where it finds fewer than k, and passages[-1] is the last of a list.
-                    found[q] = [(int(row), float(score)) for row, score in zip(rows_K, scores_K) if row >= 0]
-            self.cache.update({(q, k): rows for q, rows in found.items()})  # at the end: the oldest go first
-            while len(self.cache) > self.cache_size:
-                self.cache.popitem(last=False)
-        return [[(self.passages[row], score) for row, score in found.get(q, [])] for q in queries]
+                    self.cache[q, k] = [(int(row), float(score)) for row, score in zip(rows_K, scores_K) if row >= 0]
+            found = [self.cache.get((q, k), []) for q in queries]
+            if len(self.cache) > self.cache_size:
+                self.cache.clear()
+        return [[(self.passages[row], score) for row, score in pairs] for pairs in found]
 
 def build_index(passages, kind="Flat"):
     """list of Passages -> SearchEngine over hashed word vectors in an index in memory."""
@@ -423,102 +399,85 @@ def build_index(passages, kind="Flat"):
 
 # ----- 5. On disk -----
 
-def checksum(path, offsets):
-    """A corpus and its offsets, int64 [N] -> hex digest of its size, the offsets and 1000 whole passages. Reading all
-    14 GB at every start would be too slow. Only an edit that moves no offset and misses the 1000 goes unnoticed."""
-    sample = offsets[np.linspace(0, len(offsets) - 1, min(1000, len(offsets))).astype(int)]
-    digest = hashlib.blake2b(offsets.tobytes() + str(os.path.getsize(path)).encode(), digest_size=16)
-    with open(path, "rb") as file:
-        for offset in sample:
-            file.seek(offset)
-            digest.update(file.readline())
+def checksum(passages):
+    """A PassageFile -> hex digest of the file's size, the offsets and 1000 whole passages. Reading all 14 GB at every
+    start would be too slow. Only an edit that moves no offset and misses the 1000 goes unnoticed."""
+    size = os.path.getsize(passages.file.name)
+    digest = hashlib.blake2b(passages.offsets.tobytes() + str(size).encode(), digest_size=16)
+    for row in np.linspace(0, len(passages) - 1, min(1000, len(passages))).astype(int):
+        passages.file.seek(passages.offsets[row])
+        digest.update(passages.file.readline())
     return digest.hexdigest()
 
-def make_encoder(settings, passages, weight_file, device=None):
-    """Settings of a manifest -> encoder. The hashed one reads its word weights from weight_file, or makes that file."""
-    if settings["encoder"] != "hashed":
-        return TransformerEncoder(settings["encoder"], [settings[name] for name in ASKED if name in settings], device)
+def make_encoder(name, passages, weight_file, device=None):
+    """The encoder of a manifest. The hashed one reads its word weights from weight_file, or makes that file."""
+    if name != "hashed":
+        return TransformerEncoder(name, device)
     if not weight_file.exists():
         with written_whole(weight_file) as file:
             json.dump(HashedEncoder(tqdm(passages, desc="counting words", delay=2)).weight, file)
     return HashedEncoder(weight=json.loads(weight_file.read_text()))
 
+def embed(encoder, passages, file, block):
+    """Passages -> [N, E] fp32, mapped from a file that grows block by block. The whole blocks of an earlier run stay:
+    every vector comes from the same batch, with the same rounding, as without a kill."""
+    n, block_bytes = len(passages), 4 * block * encoder.dim
+    with open(file, "ab") as out:
+        done = out.tell() // block_bytes
+        out.truncate(done * block_bytes)
+        for start in tqdm(range(done * block, n, block), desc="encoding", unit=" passages", unit_scale=block):
+            out.write(encoder.encode_passages([passages[row] for row in range(start, min(start + block, n))]))
+            out.flush()
+    return np.memmap(file, np.float32, "r", shape=(n, encoder.dim))
+
 def build(corpus, output, settings, index="Flat", block=2048):
-    """Corpus file -> folder `output` with manifest.json, offsets.npy and index.faiss (or bm25.npz). It is made as
-    output.partial and renamed at the end. Run again with the same arguments, build continues where it was killed.
-    ValueError if output exists, or if output.partial has embeddings made with other arguments."""
-    corpus, output = Path(corpus).absolute(), Path(output)
-    work = output.with_name(output.name + ".partial")
+    """Corpus file, {"encoder": hashed, bm25, folder or hub id} -> folder `output` with manifest.json, offsets.npy and
+    index.faiss (or bm25.npz). It is made as output.KEY.partial, where KEY stands for corpus and encoder, and renamed at
+    the end: after a kill the same call goes on, with another kind of index, too. ValueError if output exists."""
+    output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists already: remove it, or build into another folder")
-    job = {"corpus": str(corpus), "changed": corpus.stat().st_mtime_ns, "index": index} | settings
-    if (work / "job.json").exists() and json.loads((work / "job.json").read_text()) != job:
-        if (work / "done.json").exists():
-            raise ValueError(f"{work} holds unfinished work on something else, or on a corpus changed since: remove it")
-        shutil.rmtree(work)
+    passages = load_passages(Path(corpus).absolute())
+    corpus, n = passages.file.name, len(passages)
+    manifest = {"corpus": str(corpus), "n": n, "checksum": checksum(passages)} | settings
+    key = hashlib.sha256(repr((manifest, os.stat(corpus).st_mtime_ns)).encode()).hexdigest()[:10]
+    work = output.with_name(f"{output.name}.{key}.partial")
     work.mkdir(parents=True, exist_ok=True)
-    with written_whole(work / "job.json") as file:
-        json.dump(job, file)
-    if not (work / "manifest.json").exists():
-        make_folder(work, corpus, settings, index, block)
-    (work / "embeddings.npy").unlink(missing_ok=True)
-    os.replace(work, output)
-
-def make_folder(work, corpus, settings, index, block):
-    """The steps of build, manifest last. What an earlier run has finished is kept."""
-    corpus = unpacked(corpus)
-    if not (work / "offsets.npy").exists():
-        with written_whole(work / "offsets.npy", "wb") as file:
-            np.save(file, scan_passages(corpus))
-    passages = PassageFile(corpus, np.load(work / "offsets.npy"))
-    n, digest = len(passages), checksum(corpus, passages.offsets)
-    manifest = {"corpus": str(corpus), "n": n, "checksum": digest, "index": index} | settings
+    np.save(work / "offsets.npy", passages.offsets)
     if settings["encoder"] == "bm25":
         BM25(passages, work / "bm25.npz")
     else:
-        encoder = make_encoder(settings, passages, work / "words.json")
+        encoder = make_encoder(settings["encoder"], passages, work / "words.json")
         factory, search, size = plan_index(index, n, encoder.dim)
         predicted = "size unknown" if size is None else f"about {size / 1e9:.3g} GB on disk and in memory"
         print(f"{n:,} passages x {encoder.dim}, encoded with {encoder.settings}")
         print(f"index {factory} {search or ''}: {predicted}; until then, {4e-9 * n * encoder.dim:.3g} GB of embeddings")
-        done_file, shape = work / "done.json", (n, encoder.dim)
-        done = json.loads(done_file.read_text()) if done_file.exists() else 0  # rows that are safe on disk
-        vectors_NE = np.lib.format.open_memmap(work / "embeddings.npy", "r+" if done else "w+", np.float32, shape)
-        # The same blocks as without a kill: the same batches and rounding.
-        for start in tqdm(range(done, n, block), desc="encoding", unit=" passages", unit_scale=block):
-            end = min(start + block, n)
-            vectors_NE[start:end] = encoder.encode_passages([passages[row] for row in range(start, end)])
-            vectors_NE.flush()
-            with written_whole(done_file) as file:
-                json.dump(end, file)
-        faiss.write_index(make_index(index, vectors_NE), str(work / "index.faiss"))
-        probe = encoder.encode_queries([PROBE])[0, :8].tolist()
-        manifest |= encoder.settings | {"dim": encoder.dim, "probe": probe}
-    with written_whole(work / "manifest.json") as file:
-        json.dump(manifest, file)
+        made = make_index(index, embed(encoder, passages, work / "embeddings", block))
+        faiss.write_index(made, str(work / "index.faiss"))
+        (work / "embeddings").unlink()
+        manifest |= encoder.settings | {"dim": encoder.dim, "probe": encoder.encode_queries([PROBE])[0, :8].tolist()}
+    (work / "manifest.json").write_text(json.dumps(manifest | {"index": index}))
+    os.replace(work, output)
 
 def load_engine(folder, bm25=False, device=None):
     """Folder made by build -> SearchEngine. bm25: rank by words, whatever the index is (the first call makes bm25.npz).
-    device: of a transformer that encodes and, if it is a GPU with room, of a Flat index over its vectors; by default a
-    GPU, if there is one. ValueError with the reason if index, passages and encoder do not belong together."""
+    device: of an encoder and, if that is a GPU with room, of its Flat index; by default a GPU, if there is one.
+    ValueError with the reason if index, passages and encoder do not belong together."""
     folder = Path(folder)
-    if not (folder / "manifest.json").exists():
-        raise ValueError(f"{folder} holds no index (no manifest.json); python retrieval.py build makes one")
     manifest = json.loads((folder / "manifest.json").read_text())
-    corpus, offsets = folder / manifest["corpus"], np.load(folder / "offsets.npy")
-    if checksum(corpus, offsets) != manifest["checksum"]:
-        raise ValueError(f"{folder}: {corpus} is not the file that was indexed, its rows would be wrong: build again")
-    passages = PassageFile(corpus, offsets)
+    passages = PassageFile(folder / manifest["corpus"], np.load(folder / "offsets.npy"))
+    if checksum(passages) != manifest["checksum"]:
+        raise ValueError(f"{folder}: {passages.file.name} is not the file that was indexed: build again")
     if bm25 or manifest["encoder"] == "bm25":
         return SearchEngine(passages, BM25(passages, folder / "bm25.npz"))
-    encoder = make_encoder(manifest, passages, folder / "words.json", device)
+    encoder = make_encoder(manifest["encoder"], passages, folder / "words.json", device)
     index = faiss.read_index(str(folder / "index.faiss"))
     if (index.ntotal, index.d) != (len(passages), encoder.dim):
         raise ValueError(f"{folder}: index.faiss holds {index.ntotal} x {index.d}, not {len(passages)} x {encoder.dim}")
     if not np.allclose(encoder.encode_queries([PROBE])[0, :8], manifest["probe"], atol=0.01):
         raise ValueError(f"{folder}: {manifest['encoder']} is not the encoder that made this index")
     engine, size = SearchEngine(passages, Dense(encoder, index)), 2 * len(passages) * encoder.dim
-    if getattr(encoder, "device", "cpu").startswith("cuda"):
+    if encoder.device.startswith("cuda"):
         engine.bytes_on_card = ENCODER_BYTES
         if manifest["index"] == "Flat" and size <= CARD_BYTES:
             engine.ranker.index = FlatOnCard(index, encoder.device)
@@ -534,35 +493,30 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """{"queries": [str], "topk": int, "return_scores": bool} -> {"result": one list a query}, or {"error": why}."""
-        length = self.headers.get("Content-Length", "")
+        length = self.headers.get("Content-Length", "")[:9]  # nine digits are too many already
         if self.path != "/retrieve":
             return self.reply(404, error="only POST /retrieve is answered")
-        if not length.isdecimal():
-            return self.reply(411, error="a Content-Length is needed")
-        if int(length) > MAX_BODY:
-            return self.reply(413, error=f"the body is over {MAX_BODY} bytes")
+        if not length.isdecimal() or int(length) > MAX_BODY:
+            return self.reply(413, error=f"a Content-Length of at most {MAX_BODY} is needed")
         try:
             request = json.loads(self.rfile.read(int(length)))  # a body that is cut short is no JSON, either
-        except (ValueError, RecursionError):
-            return self.reply(400, error="the body is not JSON")
-        queries = request.get("queries", [request.get("query")]) if isinstance(request, dict) else None
-        if not isinstance(queries, list) or not all(isinstance(q, str) for q in queries):  # SkyRL sends one "query"
-            return self.reply(400, error='the body is not a JSON object with "queries", a list of strings, or "query"')
-        if len(queries) > MAX_QUERIES:
-            return self.reply(400, error=f"{len(queries)} queries; at most {MAX_QUERIES} at once")
-        top_k, scores = request.get("topk") or self.server.top_k, request.get("return_scores", False)
-        if type(top_k) is not int or not 1 <= top_k <= MAX_TOP_K:  # a bool is an int, too
-            return self.reply(400, error=f'"topk" must be a whole number up to {MAX_TOP_K}, or null')
-        if type(scores) is not bool:
-            return self.reply(400, error='"return_scores" must be true or false')
+            queries, top_k = request.get("queries", [request.get("query")]), request.get("topk") or self.server.top_k
+            good = type(queries) is list and len(queries) <= MAX_QUERIES and all(isinstance(q, str) for q in queries)
+            good = good and type(top_k) is int and 1 <= top_k <= MAX_TOP_K  # a bool is an int, too
+        except (ValueError, RecursionError, AttributeError):  # no JSON; JSON, but no object
+            good = False
+        if not good:
+            needs = f'{{"queries": up to {MAX_QUERIES} strings, "topk": a whole number up to {MAX_TOP_K}}}'
+            return self.reply(400, error=f"the body must be JSON: {needs}")
         try:
             found = self.server.engine.search_scores(queries, top_k)
         except Exception as error:  # whatever breaks in the engine becomes a 500, and the server lives on
             print(f"search failed: {error!r}", file=sys.stderr)
             return self.reply(500, error=f"search failed: {type(error).__name__}")
-        document = lambda p: {"id": p.id, "contents": p.contents}
-        answer = lambda p, score: {"document": document(p), "score": score} if scores else document(p)
-        self.reply(200, result=[[answer(p, score) for p, score in pairs] for pairs in found])
+        result = [[{"document": {"id": p.id, "contents": p.contents}, "score": s} for p, s in pairs] for pairs in found]
+        if not request.get("return_scores"):
+            result = [[item["document"] for item in items] for items in result]
+        self.reply(200, result=result)
 
     def reply(self, status, **answer):
         body = json.dumps(answer).encode()
@@ -602,32 +556,25 @@ class HttpEngine(SearchEngine):
             time.sleep(pause)
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    found = dict(zip(asked, self.read(json.load(response), len(asked), top_k)))
-                return [list(found.get(q, [])) for q in queries]
+                    answer = json.load(response)
+                break
             except urllib.error.HTTPError as error:
                 trouble = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
                 if error.code < 500:
                     raise SearchFailed(f"{self.url} refuses the request: {trouble}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:  # refused, timed out; cut off; no JSON
                 trouble = f"{type(error).__name__} {error}"
-        raise SearchFailed(f"{self.url} did not answer in {self.attempts} attempts: {trouble}")
-
-    def read(self, answer, count, top_k):
-        """The JSON of an answer -> lists of (Passage, score). SearchFailed if it is not one list for each query."""
-
-        def scored(item):
-            document = item.get("document", item)  # without scores the documents stand alone
-            passage = Passage(str(document.get("id", "")), *split_contents(document["contents"]))
-            return passage, float(item.get("score", "nan"))
-
+        else:
+            raise SearchFailed(f"{self.url} did not answer in {self.attempts} attempts: {trouble}")
         try:
-            lists = answer["result"]
-            if len(lists) != count or not all(isinstance(found, list) for found in lists):
-                raise ValueError
-            return [[scored(item) for item in found[:top_k]] for found in lists]
+            found = {}
+            for q, items in zip(asked, answer["result"], strict=True):
+                documents = [item.get("document", item) for item in items[:top_k]]  # without scores they stand alone
+                passages = [Passage(str(d.get("id", "")), *split_contents(d["contents"])) for d in documents]
+                found[q] = list(zip(passages, [float(item.get("score", "nan")) for item in items]))
         except (KeyError, TypeError, ValueError, AttributeError):
-            what = f"not a list of {count} lists of documents"
-            raise SearchFailed(f'{self.url}: "result" is {what}: {str(answer)[:100]}') from None
+            raise SearchFailed(f"{self.url}: not a list of {len(asked)} lists: {str(answer)[:100]}") from None
+        return [list(found.get(q, [])) for q in queries]
 
 def engine_from(where, device=None):
     """FILE of passages (indexed in memory), DIR of an index, bm25:FILE, bm25:DIR, or the URL of a server -> engine."""
@@ -645,9 +592,8 @@ def main(argv=None):
     p = commands.add_parser("build", help="make an index in a folder; run again, it continues where it was interrupted")
     p.add_argument("passages", help="JSON lines with id and contents, .gz allowed")
     p.add_argument("--output", required=True, metavar="DIR")
-    p.add_argument("--encoder", default="hashed", help="hashed, bm25, folder or hub id of an encoder (default: hashed)")
-    p.add_argument("--like", choices=ENCODERS, help="prefixes and pooling of the encoder (default: by its name)")
-    p.add_argument("--index", default="Flat", help=f"{', '.join(INDEXES)}, or a FAISS factory string (default: Flat)")
+    p.add_argument("--encoder", default="hashed", help="hashed (default), bm25, or folder or hub id of an encoder")
+    p.add_argument("--index", default="Flat", help="Flat, HNSW, IVF-SQ8, IVF-SQ4, IVF-PQ, or a FAISS factory string")
     query = commands.add_parser("query", help="print the passages found for a question")
     serve = commands.add_parser("serve", help="answer POST /retrieve")
     for p in (query, serve):
@@ -658,16 +604,13 @@ def main(argv=None):
     serve.add_argument("--port", type=int, default=8000)
     args = parser.parse_args(argv)
     if args.command == "build":
-        asked = dict(zip(ASKED, ENCODERS[args.like])) if args.like else {}
-        build(args.passages, args.output, {"encoder": args.encoder} | asked, args.index)
+        build(args.passages, args.output, {"encoder": args.encoder}, args.index)
         print(f'built {args.output}; try: python retrieval.py query {args.output} "a question"')
-        return
-    engine = engine_from(args.where)
-    if args.command == "query":
-        for passage, score in engine.search_scores([args.question], args.top_k)[0]:
+    elif args.command == "query":
+        for passage, score in engine_from(args.where).search_scores([args.question], args.top_k)[0]:
             print(f"{score:8.3f}  {passage.title}  [{passage.id}]\n          {passage.text}\n")
     else:
-        server = Server(engine, args.host, args.port, args.top_k)
+        server = Server(engine_from(args.where), args.host, args.port, args.top_k)
         print(f"{args.where} answers at http://{args.host}:{server.server_port}/retrieve", flush=True)
         server.serve_forever()
 
