@@ -346,14 +346,18 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
         going_on = talk.held is talk.context and talk.query is None and not talk.done
         return going_on and len(talk.context.ids) - slots.lengths[row] == 1
 
-    def step(rows, logits_nV):
-        """Sample the next token of these rows and hand it to their conversations."""
-        talks = [running[row] for row in rows]
-        at_2n = [talk.number for talk in talks], [len(talk.context.ids) for talk in talks]
-        draws_n = draws_BL[tuple(torch.tensor(at_2n, device=device))] if temperature else None
+    def places(rows):
+        """Conversation and position of the next token of these rows, [2, n]: where its draw stands."""
+        at_2n = [running[row].number for row in rows], [len(running[row].context.ids) for row in rows]
+        return torch.tensor(at_2n, device=device)
+
+    def step(talks, logits_nV, at_2n):
+        """Sample the next token of these conversations and hand it to them (None: nobody wants it)."""
+        draws_n = draws_BL[at_2n[0], at_2n[1].clamp_max(max_length - 1)] if temperature else None
         drawn_2n = torch.stack([t.to(double) for t in sample(logits_nV, temperature, draws_n)])  # one transfer back
         for talk, token, logprob in zip(talks, *drawn_2n.tolist()):
-            talk.advance((int(token), logprob))
+            if talk:
+                talk.advance((int(token), logprob))
 
     while queue or running:
         serve(running, search)
@@ -372,11 +376,14 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
             for members in new:  # a prompt is encoded once and fanned out to its group
                 slots.copy(members[0], members[1:])
             source = [i for i, members in enumerate(fed + new) for _ in members]
-            step([row for members in fed + new for row in members], logits_nV[torch.tensor(source, device=device)])
-        # One token a row and step, until a quarter of the rows wait.
+            rows = [row for members in fed + new for row in members]
+            step([running[row] for row in rows], logits_nV[torch.tensor(source, device=device)], places(rows))
+        # One token a row and step, until a quarter of the rows wait. Only the new ids travel to the GPU each time.
+        at_2n = places(range(len(running)))
         while rows := [row for row in range(len(running)) if writing(row)]:
             if len(running) - len(rows) >= max(1, len(running) // 4):
                 break
             blocks = [pending(row) if writing(row) else [] for row in range(len(running))]
-            logits_nV = feed(policy, slots, range(len(running)), blocks)
-            step(rows, logits_nV if len(rows) == len(running) else logits_nV[torch.tensor(rows, device=device)])
+            talks = [talk if block else None for talk, block in zip(running, blocks)]
+            step(talks, feed(policy, slots, range(len(running)), blocks), at_2n)
+            at_2n[1] += 1

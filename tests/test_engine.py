@@ -291,6 +291,23 @@ def test_nothing_is_encoded_twice_and_nobody_waits_for_a_straggler(monkeypatch, 
     assert len(fed) < sum(longest.response_mask) + 20  # 40 tokens of each of the six others found a place beside them
 
 
+def test_a_token_costs_one_transfer_from_the_host(model, monkeypatch):
+    """Claim: while rows only write, all that travels to the GPU for a token is one table: rows, places and ids. Where
+    the draws of later tokens stand is counted on the GPU.
+    Fails if: `run` calls places() before each step, or picks the writing rows by a tensor of their numbers.
+    """
+    made, lengths, tensor = [], [], torch.tensor
+    monkeypatch.setattr(engine, "torch", types.SimpleNamespace(**vars(torch)))
+    engine.torch.tensor = lambda *values, **how: made.append(1) or tensor(*values, **how)
+    for length in (10, 30):
+        records = [Record([1, 2, 3 + b]) for b in range(4)]
+        made.clear()
+        engine.run(model, [(r, write(r, None, length)) for r in records], None, 64, generator=None)
+        lengths.append((len(made), [len(r.ids) for r in records]))
+    assert [ids for _, ids in lengths] == [[13] * 4, [33] * 4]
+    assert lengths[1][0] - lengths[0][0] == 20
+
+
 def test_a_group_needs_its_slots(model, tokenizer):
     """Claim: fewer slots than a group has members are refused, with the flag that helps.
     Fails if: the check in run is removed (it would wait for ever).
