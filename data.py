@@ -510,16 +510,27 @@ def weights_dtype(wish, device):
     return torch.bfloat16 if has_bf16 and (wish == "bf16" or (wish == "auto" and on_card)) else torch.float32
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
-    """Folder or hub id of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not linear."""
+    """Folder, hub id or GGUF file of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not
+    linear."""
+    packed = Path(path).suffix == ".gguf"
     if not Path(path).exists():
         reach_hub(path)
-    elif not (Path(path) / "config.json").exists():
+    elif not packed and not (Path(path) / "config.json").exists():
         raise Mistake(f"{path} holds no model (no config.json); give a folder like outputs/run-1/checkpoint-100")
+    where, file = (Path(path).parent, {"gguf_file": Path(path).name}) if packed else (path, {})
     try:
-        policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        policy = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **file)
+        tokenizer = AutoTokenizer.from_pretrained(where, **file)
+    except ImportError:
+        raise Mistake(f"{path}: reading it takes two more packages: pip install gguf accelerate") from None
     except (OSError, ValueError) as error:
         raise Mistake(f"no causal LM could be loaded from {path}: {str(error).strip().splitlines()[0]}") from None
+    if packed:  # its weights are unpacked now, but transformers would refuse to save a model that came from such a file
+        config, state = policy.config, policy.state_dict()
+        config.__dict__.pop("quantization_config", None)
+        policy = type(policy)(config).to(dtype)
+        policy.load_state_dict(state)
+    policy = policy.to(device).eval()
     # Rollout and training compute logits as head(hidden). A model that scales or caps its logits is another policy.
     ids = torch.arange(4, device=device)[None]
     with torch.no_grad():
@@ -534,7 +545,7 @@ def load_settings(checkpoint, real=False):
     method, base). Without that file: the paper's settings if it is asked about `real` data, else the tiny world's."""
     file = Path(checkpoint) / "search_r1.json"
     saved = json.loads(file.read_text()) if file.exists() else asdict(Settings() if real else TINY_SETTINGS)
-    settings = Settings(**{f.name: saved.pop(f.name) for f in fields(Settings)})
+    settings = Settings(**{f.name: saved.pop(f.name, f.default) for f in fields(Settings)})  # a field may be younger
     about = {"world_seed": 0, "corpus": None, "encoder": "hashed", "base": None}
     return settings, about | {"method": "search-r1" if settings.do_search else "r1"} | saved
 

@@ -80,6 +80,10 @@ NO_SEARCH_TEMPLATE = (
     "<answer> Beijing </answer>. Question: {question}\n"
 )
 
+# [ours] A small model cannot use the official instructions. It learns the tags from examples (train.py --algo format),
+# and this prompt costs a tenth of the tokens.
+PROMPTS = {"official": None, "short": "Search, read, then answer. Question: {question}\n"}
+
 def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts):
     """question str -> prompt str: the official template, as one user message if the tokenizer has a chat template. Base
     models go through the chat template, too, as in the official code; without it a 3B base model loses about eight
@@ -151,6 +155,7 @@ class Settings:
     top_k: int = 3  # passages a search
     do_search: bool = True  # False is the paper's R1: its own prompt, one turn
     invalid_message: str = "official"  # what an invalid turn is told: a key of INVALID_MESSAGES, or the sentence itself
+    prompt: str = "official"  # a key of PROMPTS, or the template itself
 
 @dataclass
 class Rollout:
@@ -237,7 +242,8 @@ def prompt_ids(question, tokenizer, settings):
     text = question if isinstance(question, str) else question.text
     # A chat template spells its special tokens out. Without one the tokenizer adds what its model expects first [D13].
     plain = not getattr(tokenizer, "chat_template", None)
-    return tokenizer(make_prompt(text, tokenizer, settings.do_search), add_special_tokens=plain)["input_ids"]
+    template = PROMPTS.get(settings.prompt, settings.prompt)
+    return tokenizer(make_prompt(text, tokenizer, settings.do_search, template), add_special_tokens=plain)["input_ids"]
 
 def begin(question, ids, settings):
     """A question and the ids of its prompt -> Rollout that holds them. Mistake if they leave no room for an answer."""
@@ -435,12 +441,13 @@ def token_mean(x, mask):
     """Mean of x over the positions where mask is True; 0 if there is none. The denominator counts tokens, not rows."""
     return torch.where(mask.bool(), x, 0.0).sum() / mask.sum().clamp_min(1)
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2):
-    """[Eq. 2, Eq. 3; PPO Eq. 7] Clipped surrogate over [B, T], token mean [D7] -> (loss, share of tokens clipped)."""
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, clip_high=None):
+    """[Eq. 2, Eq. 3; PPO Eq. 7] Clipped surrogate over [B, T], token mean [D7] -> (loss, share of tokens clipped).
+    clip_high: epsilon of the upper side, where it is another one [DAPO: clip-higher]."""
     # [Eq. 2]  - 1/sum I(y_t)  sum_{t: I(y_t)=1}  min( rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t ),   rho_t = pi / pi_old
     ratio = torch.exp(torch.where(mask.bool(), logprobs - old_logprobs, 0.0))
     unclipped = ratio * advantages
-    clipped = torch.clamp(ratio, 1 - clip_eps, 1 + clip_eps) * advantages
+    clipped = torch.clamp(ratio, 1 - clip_eps, 1 + (clip_high or clip_eps)) * advantages
     return -token_mean(torch.minimum(unclipped, clipped), mask), token_mean((clipped < unclipped).float(), mask)
 
 def value_loss(values, old_values, returns, mask, clip=0.5):
@@ -490,8 +497,11 @@ def format_reward(rollout, gold_answers, structure=0.2, final=0.1, retrieval=0.0
 
 def retrieved_gold(rollout, gold_answers):
     """True if some gold answer, normalised, is part of a passage that was shown."""
-    shown = [normalize_answer(f"{p.title} {p.text}") for passages in rollout.found for p in passages or []]
-    return any(normalize_answer(gold) in text for gold in gold_answers for text in shown if normalize_answer(gold))
+    return holds_gold([p for passages in rollout.found for p in passages or []], gold_answers)
+
+def holds_gold(passages, gold_answers):
+    texts = [normalize_answer(f"{p.title} {p.text}") for p in passages]
+    return any(normalize_answer(gold) in text for gold in gold_answers for text in texts if normalize_answer(gold))
 
 # ----- 10. Reading a rollout, and a demonstration without a model -----
 

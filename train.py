@@ -25,6 +25,7 @@ Departures, besides those of searchr1.py and models.py (P: from the paper, C: fr
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -33,7 +34,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -42,14 +43,14 @@ from tqdm import tqdm
 
 import data
 from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main
-from engine import Slots
-from eval import direct_ids, evaluate, plot_runs, read_runs
+from engine import Slots, end_ids, run
+from eval import complete, direct_ids, evaluate, plot_runs, read_runs, reading_ids
 from models import (PRESETS, Costs, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak,
     role, size, trained)  # fmt: skip
 from retrieval import SearchFailed
-from searchr1 import (HARMLESS, INVALID_MESSAGES, Rollout, Settings, collate, format_reward, gae, group_advantages,
-    head_inputs, kl_k1, kl_k3, outcome_reward, policy_loss, rewards_at_end, rollout, token_logprobs, token_mean,
-    transcript, value_loss, whiten)  # fmt: skip
+from searchr1 import (HARMLESS, INVALID_MESSAGES, PROMPTS, Rollout, Settings, begin, collate, converse, f1_score,
+    format_reward, gae, group_advantages, head_inputs, holds_gold, kl_k1, kl_k3, outcome_reward, policy_loss,
+    prompt_ids, rewards_at_end, rollout, token_logprobs, token_mean, transcript, value_loss, whiten)  # fmt: skip
 
 # ----- 1. Configuration: one field a flag -----
 
@@ -60,7 +61,7 @@ class Config:
     """Every value of a run. The defaults are the tiny world's with GRPO; PRESETS override them, flags the PRESETS."""
 
     preset: str = flag("", "tiny (default), real (default with --model), or a model and what it is trained on")
-    algo: str = flag("grpo", "ppo, grpo or reinforce; sft (gold answers), rejection (the base model's right rollouts)")
+    algo: str = flag("grpo", "ppo, grpo, reinforce; sft and rejection imitate what is right, format a poor policy")
     seed: int = flag(0, "of everything but the world: base model, questions, sampling")
     world_seed: int = flag(0, "which tiny world")
     model: str = flag("", "folder or hub id of a causal LM; empty: the tiny base model")
@@ -92,6 +93,7 @@ class Config:
     weight_decay: float = flag(0.0, "pulls the weights towards 0, away from the reference; official code: 0.01")
     max_grad_norm: float = flag(1.0, "gradient clipping; the paper: 1.0")
     clip_eps: float = flag(0.2, "epsilon of the clipped ratio; the paper: 0.2")
+    clip_high: float = flag(0.0, "epsilon of its upper side, where it is another one; DAPO: 0.28")
     value_clip: float = flag(0.5, "range of the clipped value loss; official code: 0.5")
     gamma: float = flag(1.0, "discount; the paper: 1")
     lam: float = flag(1.0, "lambda of GAE; the paper: 1")
@@ -99,7 +101,8 @@ class Config:
     kl_in: str = flag("loss", "where the KL penalty stands: reward (k1) or loss (--kl)")
     kl: str = flag("k3", "KL in the loss: k3, as in the official code, or exact, over the whole vocabulary")
     entropy_coef: float = flag(0.0, "weight of an entropy bonus; official code: 0.001")
-    reward: str = flag("em", "em [Eq. 4] or format (the second paper's shaped reward)")
+    reward: str = flag("em", "em [Eq. 4], f1, em+f1 (their mean), or format (the second paper's shaped reward)")
+    prompt: str = flag("official", "official (Table 1), or short, for models too small to use its instructions")
     temperature: float = flag(1.0, "of sampling; the paper: 1.0")
     max_turns: int = flag(3, "turns that may search, the paper's budget (4); then one more that cannot")
     max_new_tokens: int = flag(14, "tokens a turn; the paper: 500")
@@ -109,11 +112,14 @@ class Config:
     invalid_message: str = flag("paper", "told to an invalid turn: paper (Algorithm 1) or official (the longer text)")
     no_search: bool = flag(False, "the paper's R1: no search engine")
     no_mask: bool = flag(False, "the paper's ablation: train on retrieved tokens, too")
+    redraws: int = flag(0, "rounds in which groups of equal rewards make way for new questions [DAPO]")
+    easy_first: bool = flag(False, "in the first epoch, questions whose own text finds a gold answer come first")
     shuffle_rewards: bool = flag(False, "a control: rewards dealt out at random within the batch")
     recompute_old_logprobs: bool = flag(False, "old log-probs from the trainer instead of the sampler")
     eval_every: int = flag(10, "steps between evaluations on held-out questions")
     eval_limit: int = flag(400, "questions of an evaluation, a fixed sample")
     save_every: int = flag(0, "steps between checkpoints; 0: only at the end (and when interrupted)")
+    wandb: str = flag("", "project of Weights & Biases that gets the lines of metrics.jsonl, too")
 
     @property
     def settings(self):  # how conversations go
@@ -126,9 +132,10 @@ class Config:
 
     @property
     def method(self):  # the row of the paper's Table 2, as eval.py calls it
-        return self.algo if self.algo in FINE_TUNING else "r1" if self.no_search else "search-r1"
+        return self.algo if self.algo in ("sft", "rejection") else "r1" if self.no_search else "search-r1"
 
-FINE_TUNING = ("sft", "rejection")  # the paper's baselines that imitate; all others learn from a reward
+FINE_TUNING = ("sft", "rejection", "format")  # these imitate; all others learn from a reward
+SHOWN = ("sft", "format")  # these imitate what nobody samples
 
 # ----- 2. The loop -----
 
@@ -136,12 +143,7 @@ def train(config, policy, task):
     """The outer loop. What it leaves behind lies in OUTPUT_DIR."""
     out, device = Path(config.output_dir), policy.device
     models = make_models(policy.eval(), config)  # eval mode: dropout would make old and new log-probs differ
-    count = config.slots or config.batch_size * config.group_size
-    new_slots = lambda: Slots(policy, count, config.max_length, graphs=not config.no_cuda_graphs)
-    slots = new_slots()
-    writer, part, writer_slots = policy, "policy", slots
-    if config.algo == "rejection":  # [D17]; in slots of its own, since a captured decoding step knows one role
-        writer, part, writer_slots = models.reference, None, new_slots()
+    slots, write = writer(models, task, config)
     start = restore(models, config) if config.resume else first_evaluation(config, policy, task, slots)
 
     bar = tqdm(initial=start, total=config.steps, desc=config.algo)
@@ -156,15 +158,16 @@ def train(config, policy, task):
             questions = task.draw(step)
 
             # Phase 2. Rollouts [Alg. 1], those of a group in a row: a group is known by its place in the batch.
-            with role(writer, part):
-                rollouts = gold_examples(questions, task.tokenizer) if config.algo == "sft" else rollout(
-                    writer, task.tokenizer, questions, task.search, config.settings, config.group_size,
-                    config.temperature, generator, writer_slots,
-                )  # fmt: skip
-            costs.end("rollout")
+            rollouts = write(questions, generator, rng)
 
-            # Phase 3. Rewards [Eq. 4].
+            # Phase 3. Rewards [Eq. 4]. With --redraws, groups that teach nothing [D10] make way for new questions.
             rewards_B, em_B = rewards(rollouts, config, rng)
+            for attempt in range(1, config.redraws + 1):
+                dull = equal_groups(rewards_B, config)
+                new = write(task.draw(step + attempt * config.steps)[: len(dull)], generator, rng)
+                rollouts = replaced(rollouts, dull, new, config.group_size)
+                rewards_B, em_B = rewards(rollouts, config, rng)
+            costs.end("rollout")
 
             # Phase 4. The batch, log-probs of the reference, values of the critic.
             batch = collate(rollouts, device, mask_retrieved=not config.no_mask)
@@ -191,7 +194,7 @@ def train(config, policy, task):
                 if step % config.eval_every == 0 or step == config.steps:
                     record |= evaluation(step, policy, task, slots, config)
             finally:  # a step is done, even if its evaluation fails
-                append(out / "metrics.jsonl", record)
+                log(record, config)
                 bar.update()
             if step == config.steps or stop or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(step, models, task.tokenizer, config)
@@ -200,6 +203,26 @@ def train(config, policy, task):
                 sys.exit(130)
 
 # ----- 3. Phases 2 to 5: gold examples, rewards, log-probs and values, advantages without a critic -----
+
+def writer(models, task, config):
+    """-> (Slots of the policy, phase 2 as a function: write(questions, generator, rng) -> Rollouts). The policy writes
+    them, or the base model [D17], which has slots of its own, since a captured decoding step knows one role."""
+    count = config.slots or config.batch_size * config.group_size
+    new_slots = lambda: Slots(models.policy, count, config.max_length, graphs=not config.no_cuda_graphs)
+    slots = new_slots()
+    by_base = config.algo in ("rejection", "format")
+    model, part, own_slots = (models.reference, None, new_slots()) if by_base else (models.policy, "policy", slots)
+
+    def write(questions, generator, rng):
+        if config.algo == "sft":
+            return gold_examples(questions, task.tokenizer)
+        with role(model, part):
+            if config.algo == "format":
+                return format_examples(model, task, questions, config.settings, rng, own_slots)
+            how = config.settings, config.group_size, config.temperature, generator, own_slots
+            return rollout(model, task.tokenizer, questions, task.search, *how)
+
+    return slots, write
 
 def gold_examples(questions, tokenizer):
     """[SFT] Questions -> Rollouts as if the policy had answered the prompt of direct inference with the gold answer."""
@@ -213,14 +236,77 @@ def gold_examples(questions, tokenizer):
         rollouts.append(r)
     return rollouts
 
+# [ours] What a model that is too small for the official prompt is shown before it can learn from a reward: the FORMAT.
+SEARCHING = ("I need to search for this.", "I do not know this yet.", "Let me look it up.")
+ANSWERING = ("Now I can answer.", "The passage helps.", "The question was: {question}", "I was asked: {question}")
+READ = "{context}\nQuestion: {question}\n"
+
+def format_examples(reader, task, questions, settings, rng, slots):
+    """[ours] Questions -> Rollouts of a poor policy, which knows the tags and nothing else: it searches once or twice
+    for the question, a part of it, or some of its words, and answers what `reader`, the untrained model, reads in the
+    last passages. No gold answer is used, and nothing says which query is right."""
+    tokenizer, ends = task.tokenizer, end_ids(reader, task.tokenizer)
+    rollouts = [begin(q, prompt_ids(q, tokenizer, settings), settings) for q in questions]
+    own = [random.Random(rng.random()) for _ in rollouts]  # who comes first depends on the slots
+    conversations = [(r, poor_policy(r, tokenizer, settings, ends, own_rng)) for r, own_rng in zip(rollouts, own)]
+    find = lambda queries: task.search(queries, settings.top_k)
+    run(reader, conversations, find, settings.max_length, temperature=0.0, slots=slots)
+    whole = [r for r in rollouts if r.finished]
+    if not whole:
+        raise Mistake("--algo format: no conversation reaches its answer; raise --max-length or --max-new-tokens")
+    return whole
+
+def poor_policy(r, tokenizer, settings, ends, rng):
+    """One of these conversations, a generator as engine.run takes it. `converse` holds it, and is given a script."""
+    talk, words = converse(r, tokenizer, settings, ends), r.question.text.split()
+    next(talk)
+    for _ in range(min(settings.max_turns, rng.choice((1, 1, 2)))):
+        start, end = sorted(rng.sample(range(len(words) + 1), 2))
+        some = rng.sample(words, rng.randint(1, len(words)))
+        query = " ".join(rng.choice((words, words[start:end], some)))
+        wish = say(talk, f"<think> {rng.choice(SEARCHING)} </think>\n<search> {query} </search>", tokenizer)
+        if wish is None:  # too long for a turn
+            return
+        passages = yield wish
+        talk.send(passages)
+    prompt = reading_ids(r.question.text, tokenizer, READ, "Short answer:", passages, settings)
+    reading = yield from complete(r, prompt, "\n", tokenizer, replace(settings, max_new_tokens=24), ends)
+    thought = rng.choice(ANSWERING).format(question=r.question.text)
+    say(talk, f"<think> {thought} </think>\n<answer> {reading.turns[0].strip()} </answer>", tokenizer)
+
+def say(talk, text, tokenizer):
+    """Write a whole turn into a conversation -> the query that it ends with, or None."""
+    try:
+        for i in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            wish = talk.send((i, 0.0))
+    except StopIteration:
+        return None
+    return wish
+
+REWARDS = {
+    "em": lambda r, gold_answers: outcome_reward(r.answer, gold_answers),  # [Eq. 4]
+    "f1": lambda r, gold_answers: f1_score(r.answer or "", gold_answers),  # pays for a part, also within a long answer
+    "em+f1": lambda r, gold_answers: (REWARDS["em"](r, gold_answers) + REWARDS["f1"](r, gold_answers)) / 2,
+    "format": format_reward,  # the second paper's
+}
+
 def rewards(rollouts, config, rng):
     """Phase 3 [Eq. 4]: (rewards [B], exact match [B]), both fp32 on the CPU."""
     em_B = torch.tensor([outcome_reward(r.answer, r.question.gold_answers) for r in rollouts])
-    shaped = config.reward == "format"
-    rewards_B = torch.tensor([format_reward(r, r.question.gold_answers) for r in rollouts]) if shaped else em_B
+    rewards_B = torch.tensor([REWARDS[config.reward](r, r.question.gold_answers) for r in rollouts])
     if config.shuffle_rewards:
         rewards_B = rewards_B[torch.tensor(rng.sample(range(len(rewards_B)), len(rewards_B)))]
     return rewards_B, em_B
+
+def equal_groups(rewards_B, config):
+    """Rewards [B] -> numbers of the groups in which all are equal: their advantages are 0 [Eq. 3]."""
+    return (rewards_B.view(-1, config.group_size).std(1, correction=0) == 0).nonzero()[:, 0].tolist()
+
+def replaced(rollouts, groups, new, G):
+    """Put the new groups of G rollouts into the places of `groups` -> all rollouts."""
+    for i, group in enumerate(groups):
+        rollouts[group * G : (group + 1) * G] = new[i * G : (i + 1) * G]
+    return rollouts
 
 def micro_batches(batch, index, budget):
     """Row numbers `index` -> pieces of at most `budget` padded tokens (at least one row), like lengths together."""
@@ -250,7 +336,8 @@ def token_rewards(models, batch, rewards_B, config):
     if (config.no_mask or config.recompute_old_logprobs) and not config.old_is_new:  # [D9]; nobody sampled passages
         batch.old_logprobs_BT = logprobs_under(models.policy, batch, config)
     token_rewards_BT = rewards_at_end(rewards_B.to(batch.ids_BL.device), batch.mask_BT)
-    if config.kl_in == "reward":  # [Eq. 1]  r - beta log(pi / pi_ref): k1, token by token, under the old policy
+    if config.kl_in == "reward" and config.kl_coef:
+        # [Eq. 1]  r - beta log(pi / pi_ref): k1, token by token, under the old policy
         with role(models.reference, None):
             batch.ref_logprobs_BT = logprobs_under(models.reference, batch, config)
         token_rewards_BT -= config.kl_coef * kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT)  # masked: 0
@@ -261,7 +348,9 @@ def token_rewards(models, batch, rewards_B, config):
 
 def outcome_advantages(batch, scores_B, config):
     """One score a rollout, for all of its tokens -> the Batch to train on, without rows of advantage 0 [D10]."""
-    if config.algo in FINE_TUNING:  # what was right is imitated, the rest is thrown away
+    if config.algo == "format":  # all is imitated, right or wrong
+        advantages_B = torch.ones_like(scores_B)
+    elif config.algo in FINE_TUNING:  # what was right is imitated, the rest is thrown away
         advantages_B = scores_B
     elif config.algo == "grpo":  # [Eq. 3] the group's mean is the baseline, its spread the unit
         advantages_B = group_advantages(scores_B, config.group_size)
@@ -318,10 +407,12 @@ def reinforcement_loss(models, part, config):
     """[Eq. 2, Eq. 3] Clipped surrogate, KL penalty if it stands in the loss, entropy bonus -> (loss, metrics)."""
     new, kl_metrics = new_logprobs(models, part, config)
     old_logprobs_BT = new.logp.detach() if config.old_is_new else part.old_logprobs_BT  # [D9]
-    surrogate, clipped = policy_loss(new.logp, old_logprobs_BT, part.advantages_BT, part.mask_BT, config.clip_eps)
+    clip = config.clip_eps, config.clip_high
+    surrogate, clipped = policy_loss(new.logp, old_logprobs_BT, part.advantages_BT, part.mask_BT, *clip)
     entropy = token_mean(new.entropy, part.mask_BT)
     loss = surrogate - config.entropy_coef * entropy
-    if config.kl_in == "loss":  # + beta KL(pi || pi_ref): PLUS in a loss. With a minus the policy is paid to run away.
+    if config.kl_in == "loss" and config.kl_coef:
+        # + beta KL(pi || pi_ref): PLUS in a loss. With a minus the policy is paid to run away.
         loss = loss + config.kl_coef * kl_metrics["kl_exact" if config.kl == "exact" else "kl"]
     return loss, kl_metrics | {"entropy": entropy, "clip_ratio": clipped, "policy_loss": surrogate}
 
@@ -336,10 +427,12 @@ def new_logprobs(models, part, config):
     With the KL in the reward, part has the reference's log-probs. Otherwise one pass of the kernel over the vocabulary
     serves policy and reference, and also gives the exact KL of each position; k3 knows the sampled token only."""
     reference = ()
-    if config.kl_in == "loss":
+    if config.kl_in == "loss" and config.kl_coef:
         with torch.no_grad(), role(models.reference, None):
             reference = head_inputs(models.reference, part.ids_BL)[:2]
     new = token_logprobs(models.policy, part.ids_BL, part.mask_BT, config.temperature, *reference)
+    if not config.kl_coef:  # a forward pass of the reference for nothing but the log
+        return new, {}
     ref_logprobs_BT = new.ref_logp if reference else part.ref_logprobs_BT
     kl = token_mean(kl_k3(new.logp, ref_logprobs_BT), part.mask_BT)
     return new, {"kl": kl} | ({"kl_exact": token_mean(new.kl, part.mask_BT)} if reference else {})
@@ -355,11 +448,11 @@ def learning_rate_factor(step, warmup_steps, config):
 def measure(step, rollouts, rewards_B, em_B, losses, costs, config):
     """The metrics of a step. Counts are means over all B rollouts; kl, entropy, clip_ratio over trained tokens."""
     mean = lambda values: sum(values) / len(rollouts)
-    equal_Q = rewards_B.view(-1, config.group_size).std(1, correction=0) == 0
+    equal = len(equal_groups(rewards_B, config))
     own, response = [sum(r.response_mask) for r in rollouts], [len(r.ids) - r.prompt_length for r in rollouts]
     return {
         "step": step, "reward/mean": rewards_B.mean().item(), "reward/std": rewards_B.std(correction=0).item(),
-        "reward/em": em_B.mean().item(), "frac_reward_zero_std": equal_Q.float().mean().item(), **losses,
+        "reward/em": em_B.mean().item(), "frac_reward_zero_std": equal * config.group_size / len(rollouts), **losses,
         "response_length/mean": mean(response), "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
         "env/number_of_valid_search": mean([r.num_searches for r in rollouts]),
@@ -395,8 +488,24 @@ def first_evaluation(config, policy, task, slots):
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    append(out / "metrics.jsonl", {"step": 0} | evaluation(0, policy, task, slots, config))
+    log({"step": 0} | evaluation(0, policy, task, slots, config), config)
     return 0
+
+def log(record, config):
+    """A line of metrics.jsonl, and with --wandb the same numbers to a tracker."""
+    append(Path(config.output_dir) / "metrics.jsonl", record)
+    if config.wandb:
+        tracker(config.wandb, config.output_dir).log(record, step=record["step"])
+
+@functools.cache
+def tracker(project, output_dir):
+    """A run of Weights & Biases, begun at the first line. A resumed run goes on under its name."""
+    try:
+        import wandb
+    except ImportError:
+        raise Mistake("--wandb needs its package: pip install wandb, or leave the flag out") from None
+    name = Path(output_dir).name
+    return wandb.init(project=project, name=name, id=name, dir=output_dir, resume="allow")
 
 def append(path, record):
     with open(path, "a") as file:
@@ -516,7 +625,11 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     if len(questions) < config.batch_size:
         raise Mistake(f"{config.train_data} leaves {len(questions)} questions, and --batch-size is {config.batch_size}")
 
-    order = lambda epoch: random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
+    rank = first_ranks(questions, engine.search) if config.easy_first else {}
+
+    def order(epoch):
+        shuffled = random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
+        return sorted(shuffled, key=lambda q: rank.get(q, 0)) if epoch == 0 else shuffled
 
     def draw(step):  # a function of the step alone, so that a resumed run goes on as planned
         epoch, first = divmod((step - 1) * config.batch_size, len(questions))
@@ -524,6 +637,12 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
 
     samples = fixed_sample(questions, config.eval_limit), fixed_sample(held_out, config.eval_limit)
     return policy, Task(tokenizer, engine.search, draw, *samples, engine.bytes_on_card)
+
+def first_ranks(questions, search, most=3):
+    """Questions -> {Question: place, from 0, of the first passage with a gold answer, if the question is the query}."""
+    found = search([q.text for q in questions], most)
+    holds = lambda q, passages: [holds_gold([p], q.gold_answers) for p in passages] + [True]
+    return {q: holds(q, passages).index(True) for q, passages in zip(questions, found)}
 
 def load_tiny(config, device, format_steps):
     """The tiny world and its base model, made on the spot at the first run -> (policy, Task)."""
@@ -549,13 +668,17 @@ def load_tiny(config, device, format_steps):
 CHOICES = {
     "preset": tuple(dict.fromkeys(name.split("/")[0] for name in PRESETS)),
     "algo": ("ppo", "grpo", "reinforce", *FINE_TUNING), "kl_in": ("reward", "loss"), "kl": ("k3", "exact"),
-    "reward": ("em", "format"), "dtype": ("auto", "bf16", "fp32"), "invalid_message": tuple(INVALID_MESSAGES),
+    "reward": tuple(REWARDS), "prompt": tuple(PROMPTS), "dtype": ("auto", "bf16", "fp32"),
+    "invalid_message": tuple(INVALID_MESSAGES),
 }  # fmt: skip
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
             "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
-NOT_NEGATIVE = "max_turns kl_coef warmup_steps critic_lr_warmup_steps lora_rank slots weight_decay".split()
+NOT_NEGATIVE = ("max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank slots "
+                "weight_decay").split()  # fmt: skip
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
-RESUME_MAY_CHANGE = {"steps", "save_every", "slots", "micro_batch_tokens", "gradient_checkpointing", "no_cuda_graphs"}
+RESUME_MAY_CHANGE = {
+    "steps", "save_every", "slots", "micro_batch_tokens", "gradient_checkpointing", "no_cuda_graphs", "wandb",
+}  # fmt: skip
 
 def parse_flags(argv):
     """Command line -> {name: value} of the flags that were given."""
@@ -575,7 +698,10 @@ def parse_config(given):
     if "resume" in given:
         return resumed_config(given)
     preset = given.get("preset") or ("real" if given.get("model") else "tiny")
-    config = check_config(Config(**(PRESETS[f"{preset}/{given.get('algo', 'grpo')}"] | given | {"preset": preset})))
+    name = f"{preset}/{given.get('algo', 'grpo')}"
+    if name not in PRESETS:
+        raise Mistake("--algo format is the cold start of --preset laptop, which takes any --model")
+    config = check_config(Config(**(PRESETS[name] | given | {"preset": preset})))
     if not config.output_dir:
         taken = [int(d.name[4:]) for d in Path("outputs").glob("run-*") if d.name[4:].isdigit()]
         config.output_dir = f"outputs/run-{max(taken, default=0) + 1}"
@@ -593,7 +719,9 @@ def check_config(c):
         "--preset real needs --model, --train-data and --corpus": c.preset == "real" and not c.model,
         "--model, --train-data and --corpus go together": not bool(c.model) == bool(c.train_data) == bool(c.corpus),
         "--eval-data needs --train-data: the tiny world has held-out questions": c.eval_data and not c.train_data,
-        f"{given('group_size')}: --algo sft has one example a question": c.algo == "sft" and c.group_size != 1,
+        f"{given('group_size')}: --algo {c.algo} has one example a question": c.algo in SHOWN and c.group_size != 1,
+        f"{given('redraws')}: a group of one has no spread": c.redraws and c.group_size == 1,
+        "--easy-first needs --model: the tiny world has a schedule of its own": c.easy_first and not c.model,
         f"{given('slots')}: a group of {c.group_size} rollouts is in flight together": 0 < c.slots < c.group_size,
         "--kl exact is a loss: give --kl-in loss, too": c.kl == "exact" and c.kl_in != "loss",
         f"--kl exact: --algo {c.algo} has no KL in its loss": c.kl == "exact" and c.algo in FINE_TUNING,

@@ -554,6 +554,31 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     assert asked == ["https://huggingface.co/Some/Model-0.5B/resolve/main/config.json"]
 
 
+def test_a_gguf_file_is_unpacked_into_a_plain_model(tmp_path, tokenizer, monkeypatch):
+    """Claim: --model FILE.gguf asks transformers for that file in its folder, and gives a model that can be saved like
+    any other. Without the packages that read it one line names them.
+    Fails if: load_checkpoint hands the file's own path on, catches no ImportError, or keeps quantization_config.
+    """
+    file, model, asked = tmp_path / "small.gguf", random_model(tokenizer), []
+    file.write_bytes(b"GGUF")
+
+    def missing(*_, **__):
+        raise ImportError("gguf")
+
+    monkeypatch.setattr(data.AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(data.Mistake, match="small.gguf: .* pip install gguf accelerate"):
+        data.load_checkpoint(str(file))
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    model.config.quantization_config = {"quant_method": "gguf"}
+    load = lambda given: lambda where, gguf_file, **_: asked.append((where, gguf_file)) or given
+    monkeypatch.setattr(data.AutoModelForCausalLM, "from_pretrained", load(model))
+    monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", load(tokenizer))
+    policy, _ = data.load_checkpoint(str(file))
+    assert asked == [(tmp_path, "small.gguf")] * 2 and policy is not model
+    assert not hasattr(policy.config, "quantization_config")
+    assert all(torch.equal(t, weights[name]) for name, t in policy.state_dict().items())
+
+
 def test_a_head_that_is_not_linear_is_refused(tmp_path, tokenizer, model, monkeypatch):
     """Claim: a model whose logits are not head(hidden), or whose head has a bias, is refused: rollout and trainer would
     work with another policy.

@@ -592,6 +592,19 @@ def test_clipping_stops_the_gradient_on_the_right_side_only():
     assert loss.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8 + 1.1 - 0.9) / 6)
 
 
+def test_clip_higher_moves_the_upper_side_only():
+    """Claim: [DAPO: clip-higher] with clip_high 0.6 a ratio of 1.5 is still trained if its advantage is positive, one
+    of 1.7 is not; the lower side stays at 0.2.
+    Fails if: clip_high is used for both sides, or not at all.
+    """
+    logprobs = torch.log(torch.tensor([[1.5, 1.7, 0.7, 0.9]])).requires_grad_()
+    signs, mask = torch.tensor([[1.0, 1.0, -1.0, -1.0]]), torch.ones(1, 4, dtype=torch.bool)
+    loss, clipped = s.policy_loss(logprobs, torch.zeros(1, 4), signs, mask, 0.2, 0.6)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-1.5 / 4, 0.0, 0.0, 0.9 / 4]]))
+    assert clipped.item() == pytest.approx(2 / 4)
+
+
 def test_the_policy_loss_is_a_mean_over_tokens_not_over_rollouts():
     """Claim: [D7] a token weighs the same in a short and in a long rollout; masked ratios, inf included, do not matter.
     Fails if: the loss averages rows first, or multiplies by the mask.

@@ -11,8 +11,10 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ from data import Mistake, run_main
 from eval import main as eval_main
 from eval import plot_runs
 from models import Models, make_models, merged_state, trained
-from retrieval import SearchFailed
+from retrieval import SearchFailed, engine_from
 from searchr1 import Critic, Question, Settings, token_logprobs
 
 ROOT = Path(train.__file__).parent
@@ -108,6 +110,45 @@ def test_shuffled_rewards_are_the_same_rewards_in_another_order(short_prompt):
     assert len(orders) > 5
 
 
+@pytest.mark.parametrize(
+    "answer, em, f1", [("Ada Lovelace", 1.0, 1.0), ("Countess Ada Lovelace", 0.0, 0.8), ("Byron", 0.0, 0.0), (None, 0.0, 0.0)]
+)
+def test_each_reward_pays_what_it_says(short_prompt, answer, em, f1):
+    """Claim: --reward em, f1, em+f1 pay exact match, token F1 and the mean of both; reward/em is exact match whatever
+    is paid.
+    Fails if: rewards() pays config.reward to em_B, too, or em+f1 is the sum.
+    """
+    turn = "nothing" if answer is None else f"<answer>{answer}</answer>"
+    r, *_ = played([turn], Question("0", "q", ("Ada Lovelace",)), max_turns=0)
+    for reward, want in (("em", em), ("f1", f1), ("em+f1", (em + f1) / 2)):
+        rewards_B, em_B = train.rewards([r], train.Config(reward=reward), random.Random(0))
+        assert rewards_B.tolist() == pytest.approx([want]) and em_B.tolist() == [em]
+
+
+def test_groups_that_teach_nothing_make_way_for_new_questions(small_base, monkeypatch):
+    """Claim: [DAPO] with --redraws N, groups of equal rewards are replaced by groups about other questions, N times at
+    most; groups with a difference stay where they are, and what is trained has each rollout paid for its own question.
+    Fails if: train() replaces the other groups, or does not compute the rewards again.
+    """
+    rounds, rewards, trained = [], train.rewards, []
+
+    def worth(rollouts, *rest):  # in round 0 group 1 differs, in round 1 groups 0 and 1, then all
+        rewards_B, em_B = torch.zeros(len(rollouts)), rewards(rollouts, *rest)[1]
+        rewards_B[[4, 0, 8, 12, 16][: 1 + len(rounds)]] = 1.0
+        rounds.append([r.question.id for r in rollouts[::4]])
+        return rewards_B, em_B
+
+    monkeypatch.setattr(train, "rewards", worth)
+    collate = train.collate
+    monkeypatch.setattr(train, "collate", lambda rollouts, *a, **k: trained.extend(rollouts) or collate(rollouts, *a, **k))
+    train.main(SMALL + ["--steps", "1", "--redraws", "2", "--output-dir", "run"])
+    first, second, third = rounds
+    assert len(first) == 5 and [a == b for a, b in zip(first, second)] == [False, True, False, False, False]
+    assert [a == b for a, b in zip(second, third)] == [True, True, False, False, False]
+    assert [r.question.id for r in trained[::4]] == third
+    assert metrics("run")[1]["frac_reward_zero_std"] == pytest.approx(0.4)
+
+
 # ----- Phase 4: log-probs and values -----
 
 
@@ -169,6 +210,19 @@ def test_the_loop_never_makes_a_wall_of_logits(tokenizer, model, kl_in):
     losses = train.update(networks, batch, 1, config, random.Random(0))
     assert (batch.old_logprobs_BT[batch.mask_BT] < 0).all() and "kl" in losses
     assert kl_in == "loss" or (batch.ref_logprobs_BT[batch.mask_BT] < 0).all()
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_without_a_penalty_the_reference_never_runs(tokenizer, model, kl_in):
+    """Claim: with beta 0 no forward pass is spent on the reference, and no KL is logged.
+    Fails if: token_rewards or new_logprobs does not look at config.kl_coef.
+    """
+    config = train.Config(kl_in=kl_in, kl_coef=0.0)
+    batch, _ = a_batch(tokenizer, model)
+    networks = make_models(model, config)
+    networks.reference.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the reference was run"))
+    train.token_rewards(networks, batch, torch.ones(len(batch.ids_BL)), config)
+    assert not {"kl", "kl_exact"} & set(train.update(networks, batch, 1, config, random.Random(0)))
 
 
 @pytest.mark.parametrize("algo, flags", [("reinforce", {}), ("grpo", {"no_mask": True})])
@@ -897,6 +951,76 @@ def real_shape(tmp_path, monkeypatch):
     return "--model model --train-data questions.jsonl --corpus passages.jsonl".split()
 
 
+def test_the_cold_start_shows_the_form_and_no_answer(real_shape, monkeypatch):
+    """Claim: --algo format trains on whole conversations in the right form: one or two searches for words of the
+    question, then what the untrained model reads. Its own tokens are trained, all of them, passages are not; with other
+    gold answers the conversations are the same. The short prompt is saved with the checkpoint.
+    Fails if: poor_policy takes r.question.gold_answers, outcome_advantages weighs format by the reward, or prompt_ids
+    does not look at settings.prompt.
+    """
+    trained, advantages, collate, outcome = [], [], train.collate, train.outcome_advantages
+    monkeypatch.setattr(train, "collate", lambda rollouts, *a, **k: trained.append(rollouts) or collate(rollouts, *a, **k))
+    monkeypatch.setattr(train, "outcome_advantages", lambda *a: advantages.append(outcome(*a)) or advantages[-1])
+    lengths = "--steps 1 --batch-size 8 --max-new-tokens 200 --max-obs-length 200 --max-length 1500 --eval-limit 1"
+    flags = f"--preset laptop --algo format --eval-data questions.jsonl {lengths} --output-dir".split()
+    train.main(real_shape + flags + ["run"])
+    text = Path("questions.jsonl").read_text()
+    Path("questions.jsonl").write_text(text.replace('"golden_answers": ["Person', '"golden_answers": ["Nobody'))
+    train.main(real_shape + flags + ["other"])
+    rollouts, others = trained
+    assert [r.ids for r in rollouts] == [r.ids for r in others] and len(rollouts) > 4
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    assert {r.num_searches for r in rollouts} == {1, 2}
+    for r in rollouts:
+        assert searchr1.check_format(searchr1.policy_view(r))[0] and r.answer is not None
+        assert all(set(query.split()) <= set(r.question.text.split()) for query in r.searches)
+        own = [i for i, mine in zip(r.ids, r.response_mask) if mine]
+        assert tokenizer.decode(own) == "".join(r.turns) and len(r.found) == len(r.turns)
+        prompt = f"Search, read, then answer. Question: {r.question.text}?"
+        assert tokenizer.decode(r.ids[: r.prompt_length]).startswith("<|im_start|>user\n" + prompt)
+    assert all((batch.advantages_BT == batch.mask_BT).all() for batch in advantages)
+    assert data.load_settings("run/checkpoint-1", real=True)[0].prompt == "short"
+    assert [set(line) & {"kl", "kl_exact"} for line in metrics("run")] == [set(), set()]  # beta is 0: no reference
+
+
+def test_easy_questions_come_first(here):
+    """Claim: --easy-first orders the first epoch by the place of the first passage with a gold answer, when the
+    question itself is the query; the second epoch is shuffled.
+    Fails if: draw() sorts every epoch, or first_ranks counts a passage without a gold answer.
+    """
+    passages = [(f"Hill {i}", f"hill {i} of the fog is {word}") for i, word in enumerate(("red", "blue", "green"))]
+    here("p.jsonl", *[{"id": str(i), "contents": f'"{t}"\n{text}'} for i, (t, text) in enumerate(passages)])
+    answers = {"hill 0 fog": "green", "hill 1 fog": "blue", "hill 2 fog": "nowhere", "hill 1 of fog": "blue"}
+    questions = [Question(str(i), text, (gold,)) for i, (text, gold) in enumerate(answers.items())]
+    search = engine_from("bm25:p.jsonl").search
+    ranks = train.first_ranks(questions, search)
+    assert ranks[questions[1]] == ranks[questions[3]] == 0 and ranks[questions[0]] in (1, 2) and ranks[questions[2]] == 3
+    here("q.jsonl", *[{"id": q.id, "question": q.text, "golden_answers": list(q.gold_answers)} for q in questions])
+    random_model(data.make_tokenizer()).save_pretrained("model")
+    data.make_tokenizer().save_pretrained("model")
+    files = "--model model --train-data q.jsonl --eval-data q.jsonl --corpus bm25:p.jsonl --batch-size 4".split()
+    _, task = train.load_run(train.parse_config(files + ["--easy-first"]))
+    assert [ranks[q] for q in task.draw(1)] == sorted(ranks.values())
+    assert any([ranks[q] for q in task.draw(step)] != sorted(ranks.values()) for step in range(2, 12))
+    assert all(sorted(q.id for q in task.draw(step)) == ["0", "1", "2", "3"] for step in range(1, 12))
+
+
+def test_a_tracker_gets_the_lines_of_the_log(small_base, monkeypatch):
+    """Claim: --wandb PROJECT sends every line of metrics.jsonl under its step; without the package one line says so.
+    Fails if: log() leaves the tracker out, or the ImportError is not caught.
+    """
+    sent, begun = [], []
+    run = SimpleNamespace(log=lambda record, step: sent.append((step, record)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: begun.append(how) or run))
+    train.main(SMALL + ["--steps", "2", "--wandb", "course", "--output-dir", "run-w"])
+    assert [record for _, record in sent] == [json.loads(line) for line in Path("run-w/metrics.jsonl").open()]
+    assert [step for step, _ in sent] == [0, 1, 2]
+    assert [(how["project"], how["id"], how["resume"]) for how in begun] == [("course", "run-w", "allow")]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(Mistake, match="--wandb needs its package: pip install wandb"):
+        train.main(SMALL + ["--steps", "1", "--wandb", "course", "--output-dir", "run-v"])
+
+
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
 def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_format(real_shape, algo, monkeypatch):
     """Claim: --model DIR with question and passage files runs the same loop: the official prompt in the model's chat
@@ -981,6 +1105,9 @@ MISTAKES = [
     (FILES + " --max-length 100", "--max-length"),
     ("--resume nowhere", "no checkpoint"),
     ("--output-dir old", "holds a run already"),
+    ("--algo format", "--algo format is the cold start of --preset laptop"),
+    ("--redraws 1 --algo ppo", "--redraws 1: a group of one has no spread"),
+    ("--easy-first", "--easy-first needs --model"),
 ]
 
 
