@@ -37,13 +37,11 @@ class Slots:
     0..p only, and it is overwritten when the row grows. The last column takes what padding writes.
 
     On a GPU the buffers have their final size from the start, so that a decoding step can be captured as a CUDA graph
-    and replayed over the same addresses. Elsewhere they grow. Bytes: slots * (max_length + 1) * layers * 2 * key-value
-    heads * head size * bytes a number.
+    and replayed over the same addresses. Elsewhere they grow.
 
     PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
-    keys with new weights, and nothing complains. So `run` begins with `clear`. Buffers and graphs stay: the optimiser
-    changes weights in place, and a graph reads addresses. A replaced parameter would leave the graph on the old policy.
-    """
+    keys with new weights, and nothing complains. So `run` empties all slots first. Buffers and graphs stay: the
+    optimiser changes weights in place, and a graph reads addresses. A replaced parameter would go unseen."""
 
     def __init__(self, policy, slots, max_length, static=None, graphs=True):
         self.device = policy.get_output_embeddings().weight.device
@@ -57,9 +55,6 @@ class Slots:
             # Graphs share scratch memory. PITFALL: they need a capture stream of their own, too. On torch's common one,
             # dropping the graphs of other slots frees the cuBLAS workspace that these replay into.
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-
-    def clear(self):
-        self.lengths = [0] * len(self.lengths)
 
     def place(self, rows, blocks):
         """Slots `rows` are about to get a list of ids each -> (these ids, padded to the longest, [n, T]; the place of
@@ -313,10 +308,9 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
     side changes nothing but last bits: the draw that picks a token belongs to its conversation and position.
 
-    The tail decides how long this takes. Once the queue is empty nobody takes a free slot, yet every token still reads
-    all weights: of 80 conversations over 64 slots, 24 are in flight on average, and half of the steps serve fewer than
-    16 [tests/bench_slots.py]. 48 slots would take some 6 % longer. What would help is not simple: nobody knows in
-    advance which conversations are long, and those of the next step, begun early, come from an older policy."""
+    The tail decides how long this takes: once the queue is empty nobody takes a free slot, yet every token still reads
+    all weights. Of 80 conversations over 64 slots, 24 are in flight on average [tests/bench_slots.py]. Nothing simple
+    helps: nobody knows in advance which are long, and those of the next step, begun early, come from an older policy."""
     if not conversations:
         return
     device = policy.get_output_embeddings().weight.device
@@ -325,7 +319,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     slots = slots if isinstance(slots, Slots) else Slots(policy, slots, max_length)
     if len(slots.lengths) < group_size:
         raise Mistake(f"{len(slots.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")
-    slots.clear()
+    slots.lengths = [0] * len(slots.lengths)  # keys of older weights are forgotten
     double = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     draws_BL = None
     if temperature:

@@ -2,15 +2,12 @@
 
 The losses [Eq. 1-3] ask for log pi(a), the entropy of pi and the KL to the reference at each response token. All three
 are functions of one row of logits x_1..x_V. With a real model these rows fill the memory, not the weights: one fp32
-copy of 8192 rows over Qwen's vocabulary takes 8192 * 151936 * 4 bytes = 4.6 GiB. The usual expression (`log_softmax`,
-`gather`, autograd) holds three copies at its peak, 14 GiB: the log-softmax, its gradient, and the gradient of the
-logits. And more than half of the rows are prompt, padding or retrieved passages, which the mask throws away.
+copy of 8192 rows over Qwen's vocabulary takes 8192 * 151936 * 4 bytes = 4.6 GiB, and the usual expression
+(`log_softmax`, `gather`, autograd) holds three at its peak. Yet the mask throws more than half of the rows away.
 
 This file (1) drops masked rows BEFORE it multiplies by the lm_head, (2) walks over the vocabulary in slices and keeps
 running statistics of each row, so that no [N, V] tensor ever exists, and (3) computes the gradient from a closed
-formula, for which it makes each slice of logits a second time instead of storing it. With 45 % of those rows active
-and D = 2048, what remains is 64 MiB for a slice, 32 for its gradient in bf16, and about 90 for the hidden states and
-their gradient. The gradient of the lm_head's weight, if it is trained, takes 594 MiB with any method.
+formula, for which it makes each slice of logits a second time instead of storing it.
 
     1. the derivation
     2. statistics of a slice    statistics_twin, statistics_kernel    for the forward pass
@@ -18,8 +15,7 @@ their gradient. The gradient of the lm_head's weight, if it is trained, takes 59
     4. the autograd function    RowsToLogprob                         the loop over the slices
     5. the two entrances        fused_logprob_kl takes logits, fused_linear_logprob_kl hidden states and the lm_head
 
-Each Triton kernel has a twin in PyTorch. The twin is the specification, and it is what runs on a CPU. Kernel and twin
-are each tested against float64, not only against each other. cuBLAS does the matrix products; the kernels do the rest.
+Each Triton kernel has a twin in PyTorch: the specification, and what runs on a CPU. Both are tested against float64.
 
 Shapes: N rows (leading dimensions are flattened), n active rows, R rows of a tensor of logits (N or n), V vocabulary,
 c columns of a slice, K slices, D hidden. All sums are fp32, whatever dtype the inputs have.
@@ -47,11 +43,9 @@ SLICE_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
 
 # PITFALL: Hugging Face has a package of this name, too. Where it is installed, transformers takes this file for it and
 # imports these names. Here they do nothing: what they decorate stays as it is.
-HUGGING_FACE = (
-    "CUDAProperties", "Device", "KernelizeFallback", "LayerRepository", "LocalLayerRepository", "Mode",
-    "ROCMProperties", "get_kernel", "kernelize", "register_kernel_mapping", "replace_kernel_forward_from_hub",
-    "use_kernel_forward_from_hub", "use_kernel_mapping", "use_kernelized_func",
-)  # fmt: skip
+HUGGING_FACE = """CUDAProperties Device KernelizeFallback LayerRepository LocalLayerRepository Mode ROCMProperties
+get_kernel kernelize register_kernel_mapping replace_kernel_forward_from_hub use_kernel_forward_from_hub
+use_kernel_mapping use_kernelized_func""".split()
 
 def __getattr__(name):
     if name not in HUGGING_FACE:
@@ -81,10 +75,9 @@ def interpreted():
 #     H       = -sum p ln p        = ln s - u/s                     where u = sum_j e^{z_j} z_j
 #     KL      = sum p (ln p - ln q) = w/s - ln s + ln sy            where w = sum_j e^{z_j} (z_j - zy_j)
 #
-# So eight numbers describe a row, however long it is: m, s, u, my, sy, w, and the target's logits x_a and y_a. They are
-# the state of the row, and one pass collects them. The maximum is known only at the end of that pass. So whenever it
-# rises from m to m', the sums so far are re-based by e^{z'} = e^z e^shift with shift = (m - m')/T, and likewise with
-# shift_y for the reference [online softmax: Milakov and Gimelshein 2018]:
+# So one pass collects the state of a row, eight numbers: m, s, u, my, sy, w, and the target's logits x_a and y_a.
+# Whenever the maximum rises from m to m', the sums so far are re-based by e^{z'} = e^z e^shift with shift = (m - m')/T,
+# and likewise with shift_y for the reference [online softmax: Milakov and Gimelshein 2018]:
 #
 #     s' = e^shift s        u' = e^shift (u + s shift)        w' = e^shift (w + s (shift - shift_y))
 #
@@ -132,8 +125,7 @@ def statistics_twin(x_Rc, y_Rc, rows_n, target_n, state, share, first_column, te
     rows_n       int64, which rows of x and y are active; None if all are
     target_n     int64, each target's column in the whole vocabulary
     state        fp32 [8, n] in the order of new_state, updated in place
-    share        fp32 [2, n], written: the maximum so far, and the sum of this slice's e^z relative to it
-    """
+    share        fp32 [2, n], written: the maximum so far, and the sum of this slice's e^z relative to it"""
     m, s, u, x_a, my, sy, w, y_a = state
     pick = lambda t_Rc: t_Rc if rows_n is None else t_Rc[rows_n]
     x_nc = pick(x_Rc)
@@ -166,15 +158,10 @@ if HAVE_TRITON:
     LOWEST_IN_KERNEL = tl.constexpr(LOWEST)
 
     @jit
-    def statistics_kernel(
-        x_ptr, y_ptr, rows_ptr, target_ptr, state_ptr, share_ptr, x_stride, y_stride, n, columns, first_column,
-        inverse_T, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """One program a row. It walks over the row's c columns, BLOCK at a time, and keeps the state in registers.
-
-        The pointers are the tensors of statistics_twin; columns is c. A row of x starts every x_stride elements. Where
-        y_ptr or rows_ptr is None, the code for it is not even compiled.
-        """
+    def statistics_kernel(x_ptr, y_ptr, rows_ptr, target_ptr, state_ptr, share_ptr, x_stride, y_stride, n, columns,
+                          first_column, inverse_T, BLOCK: tl.constexpr):  # fmt: skip
+        """One program a row. It walks over the row's c columns, BLOCK at a time, and keeps the state in registers. The
+        pointers are the tensors of statistics_twin. Code for a y_ptr or rows_ptr of None is not even compiled."""
         i = tl.program_id(0)
         # PITFALL: int64 before the product. Row 30000 of 152k columns starts beyond 2^31.
         row = i.to(tl.int64) if rows_ptr is None else tl.load(rows_ptr + i)
@@ -232,11 +219,8 @@ if HAVE_TRITON:
 # ----- 3. Gradient of one slice: the twin, then the kernel -----
 
 def gradient_twin(x_Rc, y_Rc, rows_n, target_n, numbers, out_Rc, first_column, temperature):
-    """Write d(loss)/d(logits) of one slice into the active rows of out_Rc.
-
-    numbers   fp32 [7, n], what the formula needs of each row: m, ln s, b, g_logp, g_H, my, g_KL
-    out_Rc    any float dtype. The other arguments are those of statistics_twin.
-    """
+    """Write d(loss)/d(logits) of one slice into the active rows of out_Rc, any float dtype. numbers, fp32 [7, n]: what
+    the formula needs of a row: m, ln s, b, g_logp, g_H, my, g_KL. The other arguments are as in statistics_twin."""
     m, log_s, b, g_logp, g_entropy, my, g_kl = numbers
     pick = lambda t_Rc: t_Rc if rows_n is None else t_Rc[rows_n]
     z_nc = differences(pick(x_Rc), m, temperature)
@@ -255,14 +239,10 @@ def gradient_twin(x_Rc, y_Rc, rows_n, target_n, numbers, out_Rc, first_column, t
 if HAVE_TRITON:
 
     @jit
-    def gradient_kernel(
-        x_ptr, y_ptr, rows_ptr, target_ptr, numbers_ptr, out_ptr, x_stride, y_stride, n, columns, first_column,
-        inverse_T, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """One program for BLOCK columns of a row: the statistics are complete, so the columns are independent.
-
-        The pointers are the tensors of gradient_twin; out must be contiguous.
-        """
+    def gradient_kernel(x_ptr, y_ptr, rows_ptr, target_ptr, numbers_ptr, out_ptr, x_stride, y_stride, n, columns,
+                        first_column, inverse_T, BLOCK: tl.constexpr):  # fmt: skip
+        """One program for BLOCK columns of a row: the statistics are complete, so the columns are independent. The
+        pointers are the tensors of gradient_twin; out must be contiguous."""
         i = tl.program_id(0)
         row = i.to(tl.int64) if rows_ptr is None else tl.load(rows_ptr + i)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -306,10 +286,8 @@ def launch(kernel, grid, x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_o
     """Run a kernel on one slice. The arguments after the grid are those of its twin."""
     x_stride, y_stride = x_Rc.stride(0), 0 if y_Rc is None else y_Rc.stride(0)
     with torch.cuda.device_of(x_Rc):  # PITFALL: Triton launches on the current GPU, which may not be the tensor's
-        kernel[grid](
-            x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, x_stride, y_stride, len(target_n),
-            x_Rc.shape[1], first_column, 1 / temperature, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+        kernel[grid](x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, x_stride, y_stride, len(target_n),
+                     x_Rc.shape[1], first_column, 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)  # fmt: skip
 
 class RowsToLogprob(torch.autograd.Function):
     """The active rows index_n of `rows` -> (logp, entropy, kl, ref_logp), fp32 [n] each. `rows` are logits [N, V] and
@@ -332,8 +310,7 @@ class RowsToLogprob(torch.autograd.Function):
         outputs = finish_state(state, temperature, ref_rows is not None)
         # The probability of each slice under each row. It decides what the backward pass may skip.
         mass_Kn = share[:, 1] * torch.exp((share[:, 0] - state[0]) / temperature) / state[1]
-        entropy, kl = outputs[1:3]
-        ctx.save_for_backward(rows, weight, ref_rows, ref_weight, index_n, target_n, state, mass_Kn, entropy, kl)
+        ctx.save_for_backward(rows, weight, ref_rows, ref_weight, index_n, target_n, state, mass_Kn, *outputs[1:3])
         ctx.settings = temperature, chunk, tau, use_triton, starts
         ctx.mark_non_differentiable(outputs[3])
         ctx.set_materialize_grads(False)  # the gradient of an output that the loss does not use is then None
@@ -387,15 +364,13 @@ class RowsToLogprob(torch.autograd.Function):
 def resolve_impl(impl, tensor):
     """impl str -> True for the kernels, False for the twins. "auto" takes the kernels if the tensor is on a GPU and
     they are compiled for it. ValueError for an impl that does not exist or cannot run here."""
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl={impl!r}: must be 'auto', 'triton' or 'torch'")
     if impl == "auto":
         return HAVE_TRITON and tensor.is_cuda and not interpreted()
-    if impl not in ("triton", "torch"):
-        raise ValueError(f"impl={impl!r}: must be 'auto', 'triton' or 'torch'")
-    if impl == "triton" and not HAVE_TRITON:
-        raise ValueError("impl='triton': the package triton is not installed; use 'auto' or 'torch'")
-    if impl == "triton" and not (tensor.is_cuda or interpreted()):
-        remedy = "needs a GPU, or TRITON_INTERPRET=1 set before kernels is imported"
-        raise ValueError(f"impl='triton' with a tensor on {tensor.device}: {remedy}")
+    if impl == "triton" and not (HAVE_TRITON and (tensor.is_cuda or interpreted())):
+        needs = "the package triton, and a GPU or TRITON_INTERPRET=1 set before kernels is imported"
+        raise ValueError(f"impl='triton' with a tensor on {tensor.device} needs {needs}; use 'auto'")
     return impl == "triton"
 
 def default_chunk(n, vocabulary, device_type):
@@ -407,21 +382,19 @@ def run(rows, weight, ref_rows, ref_weight, target, mask, temperature, chunk, ta
     """Check and flatten the inputs, select the active rows, compute, and give the results the shape of `target`."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
-    if rows.shape[:-1] != target.shape or (mask is not None and mask.shape != target.shape):
-        mask_shape = None if mask is None else list(mask.shape)
-        shapes = f"rows {list(rows.shape)}, target {list(target.shape)}, mask {mask_shape}"
+    mask = torch.ones_like(target) if mask is None else mask
+    if not rows.shape[:-1] == mask.shape == target.shape:
+        shapes = f"rows {list(rows.shape)}, target {list(target.shape)}, mask {list(mask.shape)}"
         raise ValueError(f"shapes do not match: {shapes}; rows need one more dimension than target, mask the same")
     if ref_rows is not None and ref_rows.shape[:-1] != target.shape:
         raise ValueError(f"the reference's rows {list(ref_rows.shape)} do not match target {list(target.shape)}")
     vocabulary = rows.shape[-1] if weight is None else weight.shape[0]
-    active = target != IGNORE_INDEX if mask is None else (target != IGNORE_INDEX) & (mask != 0)
-    index_n = active.reshape(-1).nonzero()[:, 0]
+    index_n = ((target != IGNORE_INDEX) & (mask != 0)).reshape(-1).nonzero()[:, 0]
     target_n = target.reshape(-1)[index_n]
     if len(index_n) and (target_n.min() < 0 or target_n.max() >= vocabulary):
         raise ValueError(f"target {int(target_n.min())}..{int(target_n.max())} outside the vocabulary of {vocabulary}")
     # PITFALL: `logits[:, :-1]` is not contiguous, so reshape copies all of it. Callers should shift target and mask.
-    flat = lambda t: None if t is None else t.reshape(-1, t.shape[-1])
-    rows, ref_rows = flat(rows), flat(ref_rows)
+    rows, ref_rows = (t if t is None else t.reshape(-1, t.shape[-1]) for t in (rows, ref_rows))
     use_triton = resolve_impl(impl, rows)
     if use_triton and weight is None:  # the kernel reads neighbouring columns, and all of them in one launch
         rows, ref_rows = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (rows, ref_rows))
@@ -444,17 +417,14 @@ def fused_logprob_kl(logits, target, mask=None, ref_logits=None, temperature=1.0
     target outside the vocabulary, or an impl that is unknown or cannot run."""
     return run(logits, None, ref_logits, None, target, mask, temperature, None, 0.0, impl)
 
-def fused_linear_logprob_kl(
-    hidden, weight, target, mask=None, ref_hidden=None, ref_weight=None, temperature=1.0, chunk=None, tau=0.0,
-    impl="auto",
-):  # fmt: skip
+def fused_linear_logprob_kl(hidden, weight, target, mask=None, ref_hidden=None, ref_weight=None, temperature=1.0,
+                            chunk=None, tau=0.0, impl="auto"):  # fmt: skip
     """Hidden states and the lm_head's weight -> the same LogprobKL. The logits never exist as a whole.
 
     hidden, weight           float [..., D] and [V, D]; gradients reach both, unless the weight is frozen
     ref_hidden, ref_weight   of the frozen reference, both or neither; they cost one more product per slice
     chunk                    columns of a slice; None leaves it to SLICE_BYTES
-    tau                      the backward pass skips those slices of a row whose probability is <= tau. With 0 it skips
-                             only what underflowed to 0, and loses nothing. Otherwise the gradient of a row of logits
+    tau                      the backward pass skips the slices of a row whose probability is <= tau. The row's gradient
                              is off by at most |g_logp| * tau * ceil(V / chunk) / T in L1 norm; for entropy and KL
                              this times the largest |ln p + H| or |ln p - ln q - KL| among the skipped columns
     Target, mask, impl and errors are those of fused_logprob_kl."""

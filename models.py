@@ -3,9 +3,8 @@
 The paper spreads four copies of a model over eight 80 GB cards. Here the policy itself samples, so three networks are
 left. There are two ways to fit them on one card of 24 GB:
 
-    full fine-tuning   policy, frozen reference and critic are three models with all their weights (0.5B on one card)
-    LoRA roles [D14]   one frozen base plays all roles; only small adapters are trained (1.5B and 3B on one card):
-                       policy = base + its adapter, reference = base, critic = base + a second adapter + a row of values
+    full fine-tuning   policy, frozen reference and critic are three models with all their weights (0.5B)
+    LoRA roles [D14]   one base: policy = base + adapter, reference = base, critic = base + adapter + head (1.5B, 3B)
 
     1. PRESETS                                         what fits
     2. Adapted, adapt, role, trained, merged_state     adapters, and which role a model plays
@@ -15,10 +14,9 @@ left. There are two ways to fit them on one card of 24 GB:
 
 Departure: [D14] P: with --lora-rank only adapters are trained. The paper trains all weights of policy and critic.
 
-The arithmetic of a 24 GB card (22.3 GiB) for the presets below. Peak: predict_memory, which a run prints before it
+A 24 GB card (22.3 GiB), predicted; tests/bench_gpu.py measures it. Peak: predict_memory, which a run prints before it
 starts, with 1.05 GiB for e5 and HotpotQA's paragraphs. Time: tests/bench_slots.py, for a card of 1 TB/s and 80
-Tflop/s (about an RTX 4090) and 80 rollouts a step of 1200 ids, 370 of them written by the policy. These are
-predictions; tests/bench_gpu.py measures them on a GPU.
+Tflop/s (about an RTX 4090) and 80 rollouts a step of 1200 ids, 370 of them written by the policy.
 
                   predicted peak, GiB    seconds a step    a whole run
                      GRPO     PPO          GRPO   PPO       GRPO    PPO
@@ -53,7 +51,6 @@ except ImportError:  # Windows
     resource = None
 
 # ----- 1. Presets: what fits on one card -----
-#
 # A preset is a dict of flags that differ from train.py's defaults, which are the tiny world's. `NAME/ALGO` is what
 # `python train.py --preset NAME --algo ALGO` runs with.
 
@@ -66,8 +63,7 @@ REAL = {
     "max_length": 4096, "invalid_message": "official", "recompute_old_logprobs": True, "gradient_checkpointing": True,
     "slots": 64, "eval_every": 50, "eval_limit": 100, "save_every": 50,
 }  # fmt: skip
-# What each algorithm changes. Fine-tuning has no reward and no reference [Sec. 4]; five samples a question are the
-# paper's.
+# What each algorithm changes. Fine-tuning has no reward and no reference [Sec. 4]; the paper draws five samples.
 REAL_PPO = {"batch_size": 80, "group_size": 1, "kl_in": "reward"}
 REAL_REINFORCE = {"batch_size": 80, "group_size": 1}
 REAL_SFT = {"group_size": 1, "kl_coef": 0.0, "minibatches": 1, "recompute_old_logprobs": False, "lr": 1e-5}
@@ -117,8 +113,7 @@ PRESETS = {
     "real/sft": REAL | REAL_SFT,
     "real/rejection": REAL | REAL_REJECTION,
     "qwen2.5-0.5b/grpo": QWEN_05B,
-    # Two full models with their masters and Adam leave little room for slots.
-    "qwen2.5-0.5b/ppo": QWEN_05B | REAL_PPO | {"slots": 24, "micro_batch_tokens": 4096},
+    "qwen2.5-0.5b/ppo": QWEN_05B | REAL_PPO | {"slots": 24, "micro_batch_tokens": 4096},  # two full models
     "qwen2.5-0.5b/reinforce": QWEN_05B | REAL_REINFORCE,
     "qwen2.5-0.5b/sft": QWEN_05B | REAL_SFT,
     "qwen2.5-0.5b/rejection": QWEN_05B | REAL_REJECTION,
@@ -239,9 +234,8 @@ def adam(parameters, lr, config):
     for p, master in copies:
         p.register_post_accumulate_grad_hook(functools.partial(hand_over, master))
     # fused: the other variants hold a second copy of everything for a moment.
-    optimizer = torch.optim.AdamW(
-        masters, lr, (0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=masters[0].is_cuda or None
-    )
+    optimizer = torch.optim.AdamW(masters, lr, (0.9, config.adam_beta2), weight_decay=config.weight_decay,
+                                  fused=masters[0].is_cuda or None)  # fmt: skip
     optimizer.register_step_post_hook(write_back)
     return optimizer
 
@@ -278,10 +272,9 @@ def make_models(policy, config):
         reference = copy.deepcopy(policy).requires_grad_(False)
         critic = Critic(policy).to(policy.device) if ppo else None
     if config.gradient_checkpointing:
-        for network in (policy, critic) if ppo else (policy,):
-            for layer in network.modules():
-                if isinstance(layer, GradientCheckpointingLayer):  # transformers' mark of a decoder layer
-                    layer.forward = types.MethodType(recomputed, layer)
+        for layer in [*policy.modules(), *(critic.modules() if ppo else [])]:
+            if isinstance(layer, GradientCheckpointingLayer):  # transformers' mark of a decoder layer
+                layer.forward = types.MethodType(recomputed, layer)
     critic_optimizer = adam(trained(critic, "critic"), config.critic_lr, config) if ppo else None
     return Models(policy, reference, critic, adam(trained(policy, "policy"), config.lr, config), critic_optimizer)
 
@@ -299,12 +292,10 @@ def try_kernels(device):
 def fuse_norms(policy):
     """Compute each RMS norm of Llama, Qwen2 and Qwen3 in one kernel, in place. As transformers writes it, a norm is six
     kernels, and a decoding step spends more on starting such small kernels than on reading the weights of a layer."""
+    fused = lambda layer, x: torch.nn.functional.rms_norm(x, layer.weight.shape, layer.weight, layer.variance_epsilon)
     for layer in policy.modules():
         if type(layer).__name__.endswith("RMSNorm") and hasattr(layer, "variance_epsilon"):
-            layer.forward = types.MethodType(rms_norm, layer)
-
-def rms_norm(layer, x):
-    return torch.nn.functional.rms_norm(x, layer.weight.shape, layer.weight, layer.variance_epsilon)
+            layer.forward = types.MethodType(fused, layer)
 
 def recomputed(layer, *args, **kwargs):
     """forward() of a decoder layer that keeps only its input; the backward pass computes the rest again. transformers
@@ -330,9 +321,8 @@ GRAPHS = 12  # at most, of one set of slots [engine.decode]
 STEP_KERNELS, ADAPTER_KERNELS = 26, 14  # of a decoding step, a layer; counted in tests/test_gpu.py
 
 def predict_memory(policy, config, search_bytes=0):
-    """A causal LM as it was loaded, and the Config -> {what: bytes} that the run will hold. Weights, adapters, masters
-    and Adam are exact; keys, values and activations are those of the longest rollouts that max_length allows.
-    search_bytes: what encoder and index take on the card."""
+    """A causal LM as it was loaded, and the Config -> {what: bytes} that the run will hold with the longest rollouts.
+    Weights, adapters, masters and Adam's means are exact. search_bytes: what encoder and index take on the card."""
     c, e = policy.config, policy.dtype.itemsize
     device = "cuda" if policy.device.type == "meta" else policy.device.type  # a model without memory: plan for a card
     on_card = device == "cuda"
@@ -344,12 +334,9 @@ def predict_memory(policy, config, search_bytes=0):
     linears = [m for m in policy.base_model.modules() if isinstance(m, torch.nn.Linear)]
     head = critics * (D + 1)  # of the critic, always in fp32
 
-    # Trained numbers, and tensors: the adapters [r, in] and [out, r] of each role, or the policy and the critic's body.
+    # Trained numbers: the adapters [r, in] and [out, r] of each role, or the policy and the critic's body.
     adapters = sum(r * (m.in_features + m.out_features) for m in linears)
-    bodies = numbers(policy) + critics * numbers(policy.base_model)
-    count = (1 + critics) * adapters if lora else bodies
-    tensors = (1 + critics) * 2 * len(linears) if lora else sum(1 for _ in policy.parameters())
-    tensors += critics * (2 + (0 if lora else sum(1 for _ in policy.base_model.parameters())))
+    count = (1 + critics) * adapters if lora else numbers(policy) + critics * numbers(policy.base_model)
 
     # What autograd keeps of a layer, bytes a token. Each norm: its input in fp32 (4), the normalised value where its
     # weight is trained (e), the result (e). Attention: q, k, v as rotated and its output, one fp32 number a head. MLP:
@@ -381,7 +368,7 @@ def predict_memory(policy, config, search_bytes=0):
         "critic's head": 4 * head,
         "adapters": lora * e * count,
         "fp32 masters": 4 * count if e != 4 else 0,
-        "Adam": 8 * (count + head) + 4 * tensors,  # two means, and the number of steps
+        "Adam": 8 * (count + head),  # two means
         "gradients": 4 * (count + head),
         # Held through the update, because graphs point to them.
         "keys and values": slots * (config.max_length + 1) * layers * 2 * kv * e * sets,
@@ -405,7 +392,6 @@ def predicted_peak(memory):
     return max((always + sum(memory[name] for name in names), moment) for moment, names in MOMENTS.items())
 
 def size(count):
-    """Bytes -> text."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 def memory_table(memory):
@@ -418,28 +404,21 @@ class Costs:
     the most that the card had lent to anybody at the end of one."""
 
     def __init__(self, device):
-        self.device, self.metrics, self.seconds = device, {}, 0.0
-        self.began = time.perf_counter()
+        self.device, self.metrics, self.seconds, self.began = device, {}, 0.0, time.perf_counter()
 
     def end(self, phase):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.metrics[f"memory_gib/{phase}"] = peak_bytes(self.device) / 2**30
-            card = max(self.metrics.get("memory_gib/card", 0), used_bytes(self.device) / 2**30)
-            self.metrics["memory_gib/card"] = card
+            free, total = torch.cuda.mem_get_info(self.device)  # context and graphs included
+            self.metrics["memory_gib/card"] = max(self.metrics.get("memory_gib/card", 0), (total - free) / 2**30)
             torch.cuda.reset_peak_memory_stats(self.device)
         spent, self.began = time.perf_counter() - self.began, time.perf_counter()
         self.metrics[f"timing_s/{phase}"], self.seconds = spent, self.seconds + spent
 
-def used_bytes(device):
-    """What a card has lent to all programs at this moment, context and graphs included; 0 elsewhere."""
-    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
-    return total - free
-
 def peak_bytes(device):
-    """The most that this process has held so far: on CUDA in tensors, elsewhere as resident memory."""
+    """The most that this process has held so far: on CUDA in tensors, elsewhere as resident memory (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    return most * (1 if sys.platform == "darwin" else 1024)

@@ -169,7 +169,7 @@ def test_neither_slots_nor_neighbours_nor_static_buffers_change_a_rollout(model,
 def test_old_keys_never_meet_new_weights(model, tokenizer, static):
     """Claim: slots that are used again after the weights changed in place, and after a rollout that a search engine
     broke off, give what empty ones give.
-    Fails if: clear() does nothing.
+    Fails if: run does not empty the slots (`slots.lengths = ` dropped).
     """
 
     def gone(queries, top_k):

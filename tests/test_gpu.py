@@ -366,7 +366,7 @@ def test_the_fake_card_refuses_a_tensor_of_the_cpu():
 def test_fused_norms_are_the_norms(tokenizer):
     """Claim: with fuse_norms the hidden states of Llama, Qwen2 and Qwen3 are the same up to rounding, gradients, too; a
     copy (the reference) has its own norms; a decoding step starts fewer kernels.
-    Fails if: rms_norm leaves out the weight or takes torch's own epsilon, or fuse_norms skips a family.
+    Fails if: fuse_norms leaves out the weight, takes torch's own epsilon, or skips a family.
     """
     for kind in ("Qwen2", "Qwen3", "Llama"):
         plain, ids = shaped(kind), torch.randint(100, (2, 9))

@@ -461,7 +461,7 @@ def test_mistakes_are_named():
     """Claim: a target outside the vocabulary, a temperature of 0, shapes that do not match, half a reference, and an
     implementation that does not exist are refused with a message that names the mistake.
     Fails if: run does not check the target (`if len(index_n) and` -> `if False and`; a wrong number would follow) or
-    the shapes (`if rows.shape[:-1] != target.shape or` -> `if`).
+    the shapes (`rows.shape[:-1] == mask.shape` -> `mask.shape`).
     """
     logits, target = torch.randn(3, 7), torch.tensor([0, 1, 2])
     for arguments, message in (
@@ -494,7 +494,7 @@ def test_auto_takes_the_kernels_on_a_gpu_only_and_says_what_triton_lacks(monkeyp
         kernels.resolve_impl("triton", cpu)
     monkeypatch.setattr(kernels, "HAVE_TRITON", False)
     assert kernels.resolve_impl("auto", gpu) is False
-    with pytest.raises(ValueError, match="not installed"):
+    with pytest.raises(ValueError, match="needs the package triton"):
         kernels.resolve_impl("triton", gpu)
 
 
