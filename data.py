@@ -334,19 +334,19 @@ DATASETS = {
 # Files fetched by hand. PITFALL: transformers takes a folder "datasets" on Python's path for the library of that name.
 DOWNLOADS = Path("downloads")
 
-def fetch(repo, file, place):
-    """File of a hub dataset -> `place`, or its path in the hub's cache, downloaded if need be. Mistake if it fails."""
+def fetch(repo, file, place, kind="dataset"):
+    """File of a hub repository -> `place`, or its path in the hub's cache, downloaded if need be. Mistake if not."""
     if place.exists():
         return place
-    url = huggingface_hub.hf_hub_url(repo, file, repo_type="dataset")
+    url = f"{huggingface_hub.constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}/resolve/main/{file}"
     try:
-        try:
-            return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset", local_files_only=True))
-        except FileNotFoundError:
+        found = huggingface_hub.try_to_load_from_cache(repo, file, repo_type=kind)
+        if not isinstance(found, str):
             # Ask whether it is there: without a network, the download itself would try for 20 seconds, with warnings.
             huggingface_hub.get_hf_file_metadata(url)
-            return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset", tqdm_class=tqdm))
-    except (OSError, HTTPError) as error:  # no network, offline mode, no such file, no permission, a full disk
+            found = huggingface_hub.hf_hub_download(repo, file, repo_type=kind, tqdm_class=tqdm)
+        return Path(found)
+    except (OSError, ValueError, HTTPError) as error:  # no network, no such file, no permission, a full disk
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}".replace(url, "it")
         raise Mistake(f"{place} is not there and cannot be downloaded: get {url} and put it there ({why})") from None
 
@@ -355,21 +355,18 @@ def question_files(spec, split):
     wins over a set of the same name. Mistake for an unknown name, a missing split, a file out of reach."""
     if Path(spec).is_file():
         return [Path(spec)]
-    official = {name: splits[split == "eval"] for name, splits in DATASETS.items()}  # {"nq": "test", ...}
+    official = {name: splits[split == "eval"] for name, splits in DATASETS.items() if splits[split == "eval"]}
     for name in spec.split("+"):  # check all names before the first download
         if name not in official:
-            raise Mistake(f"cannot read {spec}: no such file, and {name!r} is none of the sets {', '.join(DATASETS)}")
-        if not official[name]:
-            raise Mistake(f"{name} has no training split; {', '.join(filter(official.get, official))} have one")
+            raise Mistake(f"cannot read {spec}: no file, and {name!r} is none of the sets {', '.join(official)}")
     files = [f"{name}/{official[name]}.jsonl" for name in spec.split("+")]
     return [fetch("RUC-NLPIR/FlashRAG_datasets", file, DOWNLOADS / file) for file in files]
 
 def load_data(spec, split):
     """As question_files -> list[Question]. In joined sets an id begins with the name of its set: "nq/test_0"."""
     files = question_files(spec, split)
-    if len(files) == 1:
-        return load_questions(files[0])
-    return [replace(q, id=f"{name}/{q.id}") for name, file in zip(spec.split("+"), files) for q in load_questions(file)]
+    sets = [f"{name}/" for name in spec.split("+")] if len(files) > 1 else [""]
+    return [replace(q, id=name + q.id) for name, file in zip(sets, files) for q in load_questions(file)]
 
 def load_questions(path):
     """JSON lines `{"id": str, "question": str, "golden_answers": [str, ...]}` (FlashRAG) -> list[Question]. Mistake,
@@ -399,61 +396,50 @@ def fixed_sample(questions, limit):
         picked += rng.sample(of_kind, min(count, len(of_kind)))
     return picked
 
-def write_lines(path, records):
-    """Records -> a file of JSON lines, whole or not at all."""
-    with written_whole(path) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
 def paragraphs(record):
-    """A record of a question file -> the paragraphs that came with the question, as pairs (title, text).
+    """A record of a question file -> list of the paragraphs that came with the question, each `"Title"\\ntext`.
     HotpotQA: metadata.context = {"title": [...], "sentences": [[...], ...]}, where 2WikiMultiHopQA says "content".
     MuSiQue: metadata.question_decomposition = [{..., "support_paragraph": {"title", "paragraph_text"}}, ...]."""
     metadata = record.get("metadata") or {}
     context = metadata.get("context") or {}
     sentences = context.get("sentences") or context.get("content") or []
-    for title, parts in zip(context.get("title") or [], sentences, strict=True):
-        yield title, " ".join(part.strip() for part in parts)
-    for step in metadata.get("question_decomposition") or []:
-        found = step.get("support_paragraph")
-        if found:
-            yield found["title"], found["paragraph_text"].strip()
-
-def distinct_paragraphs(files):
-    """Question files -> {"id", "contents"} of each different paragraph of their questions, in order. Mistake for a file
-    in which no question brings one. HotpotQA's has 600 MB: we read it by lines and keep 64 bits a paragraph."""
-    seen = set()
-    for file in files:
-        total = bare = 0
-        for number, _, line in numbered_lines(file):
-            try:
-                found = list(paragraphs(json.loads(line)))
-            except (ValueError, TypeError, AttributeError, KeyError) as error:
-                raise Mistake(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
-            total, bare = total + 1, bare + (not found)
-            for title, text in found:
-                contents = f'"{title}"\n{text}'
-                if text and hash(contents) not in seen:
-                    yield {"id": str(len(seen)), "contents": contents}
-                    seen.add(hash(contents))
-        if bare == total:
-            needed = "no question brings paragraphs, as those of hotpotqa, 2wikimultihopqa and musique do"
-            raise Mistake(f"{file}: {needed}; give another --corpus: wiki18, a file of passages, an index or a server")
-        print(f"{file}: {len(seen):,} paragraphs so far; {bare:,} of {total:,} questions bring none")
+    titled = zip(context.get("title") or [], sentences, strict=True)
+    found = [(title, " ".join(part.strip() for part in parts)) for title, parts in titled]
+    supporting = [step.get("support_paragraph") for step in metadata.get("question_decomposition") or []]
+    found += [(paragraph["title"], paragraph["paragraph_text"].strip()) for paragraph in supporting if paragraph]
+    return [f'"{title}"\n{text}' for title, text in found if text]
 
 def contexts_corpus(files, folder):
-    """Question files -> a corpus of their paragraphs in `folder`, named after the files' paths, sizes and times."""
+    """Question files -> a corpus in `folder`, named after the files' paths, sizes and times: each different paragraph
+    of their questions, in order. Mistake for a file in which no question brings one."""
     files = list(dict.fromkeys(Path(file).absolute() for file in files))
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     corpus = Path(folder) / f"contexts-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:10]}.jsonl"
-    if not corpus.exists():
-        corpus.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(corpus, distinct_paragraphs(files))
+    if corpus.exists():
+        return corpus
+    corpus.parent.mkdir(parents=True, exist_ok=True)
+    seen = set()  # HotpotQA's file has 600 MB: we read it by lines and keep 64 bits a paragraph
+    with written_whole(corpus) as out:
+        for file in files:
+            bare = True
+            for number, _, line in numbered_lines(file):
+                try:
+                    found = paragraphs(json.loads(line))
+                except (ValueError, TypeError, AttributeError, KeyError) as error:
+                    raise Mistake(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
+                bare = bare and not found
+                for contents in found:
+                    if hash(contents) not in seen:
+                        out.write(json.dumps({"id": str(len(seen)), "contents": contents}, ensure_ascii=False) + "\n")
+                        seen.add(hash(contents))
+            if bare:
+                raise Mistake(f"{file}: no question brings paragraphs; give a --corpus: wiki18, FILE, DIR or a server")
     return corpus
 
 def resolve_corpus(spec, files, encoder="hashed", folder="outputs/corpora"):
-    """--corpus -> what retrieval.engine_from takes. `contexts` (the paragraphs of the question files) and `wiki18` (the
-    official corpus) become a folder with an index, built at the first call: Flat and IVF-SQ8 over vectors of
-    `encoder`, or BM25 with "bm25:" in front. Anything else (FILE, DIR, bm25:..., http://...) is returned as it is."""
+    """--corpus -> what retrieval.engine_from takes. `contexts` (the questions' paragraphs) and `wiki18` (the official
+    corpus) become an index in a folder, built at the first call: Flat and IVF-SQ8 over vectors of `encoder`, or BM25
+    with "bm25:" in front. Anything else (FILE, DIR, bm25:..., http://...) is returned as it is."""
     name = spec.removeprefix("bm25:")
     if name not in ("contexts", "wiki18") or Path(name).exists():
         return spec
@@ -490,16 +476,6 @@ def run_main(main):
         print(f"{Path(sys.argv[0]).name}: {'interrupted' if interrupted else error}", file=sys.stderr)
         sys.exit(130 if interrupted else 2)
 
-def reach_hub(model):
-    """Mistake if neither the hub's cache nor the hub has the model. We try once; transformers tries for 30 seconds."""
-    try:
-        if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str):
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(model, "config.json"))
-    except (OSError, ValueError, HTTPError) as error:
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        places = f"no folder of that name, nor in the hub's cache, and the hub does not give it ({why})"
-        raise Mistake(f"no causal LM could be loaded from {model}: {places}; give a folder with its files") from None
-
 def weights_dtype(wish, device):
     """--dtype and device -> torch dtype. "auto" is bf16 on a GPU that computes in it, else fp32: fp16, which a T4 has,
     has no room for small gradients, and scaling them is machinery that we do without."""
@@ -513,12 +489,12 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
     """Folder, hub id or GGUF file of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not
     linear."""
     packed = Path(path).suffix == ".gguf"
-    if not Path(path).exists():
-        reach_hub(path)
-    elif not packed and not (Path(path) / "config.json").exists():
+    if Path(path).exists() and not packed and not (Path(path) / "config.json").exists():
         raise Mistake(f"{path} holds no model (no config.json); give a folder like outputs/run-1/checkpoint-100")
     where, file = (Path(path).parent, {"gguf_file": Path(path).name}) if packed else (path, {})
     try:
+        if not packed:  # asks once; transformers tries for 30 seconds
+            fetch(path, "config.json", Path(path) / "config.json", "model")
         policy = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **file)
         tokenizer = AutoTokenizer.from_pretrained(where, **file)
     except ImportError:
@@ -560,7 +536,5 @@ def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed"
     files = [*question_files(questions, split), *others] if questions else others
     try:
         return asked, engine_from(resolve_corpus(corpus, files, encoder), device), None
-    except FileNotFoundError as error:
-        raise Mistake(f"cannot read {error.filename}: {error.strerror}") from None
     except ValueError as error:  # a line that is no passage, an index that does not fit its passages, no such encoder
         raise Mistake(str(error)) from None

@@ -21,7 +21,6 @@ Departures from the paper (the official repository has no code for its baselines
     python eval.py --plot outputs/run-1 outputs/run-2
 """
 
-import csv
 import hashlib
 import itertools
 import json
@@ -37,7 +36,7 @@ from tqdm import tqdm
 import data
 import engine
 from data import Mistake, Parser, fixed_sample, load_checkpoint, load_settings, run_main, task
-from retrieval import Passage, SearchFailed, written_whole
+from retrieval import Passage, written_whole
 from searchr1 import (HARMLESS, Rollout, Settings, begin, check_format, converse, f1_score, format_passages,
     make_prompt, normalize_answer, observation_ids, outcome_reward, paint, parts, policy_view, prompt_ids,
     retrieved_gold, transcript, turn_ended)  # fmt: skip
@@ -160,9 +159,7 @@ def finish(r, calls, prompt, tokenizer, settings, ends):
 def join(r, calls):
     """Append all calls of the model to their record r. One that goes on where the last one ended adds only the rest."""
     for last, call in zip(calls[:1] + calls, calls):  # the first is paired with itself: it starts at 0
-        # The ids that its prompt has in common with all of the last call.
-        alike = [a == b for a, b in zip(last.ids, call.ids[: call.prompt_length])] + [False]
-        common = alike.index(False)
+        common = len(os.path.commonprefix([last.ids, call.ids[: call.prompt_length]]))  # it compares any two lists
         start = common if last.prompt_length <= common and last.prompt_length < call.prompt_length else 0
         r.prompt_length = r.prompt_length or call.prompt_length
         r.ids += call.ids[start:]
@@ -289,25 +286,23 @@ def question_sets(specs):
     return {name: data.load_data(name, "eval") for name in names}, files
 
 def kept(path, config):
-    """FILE of --json -> the batches of records that FILE has of this very comparison (all in one), or FILE.part has (a
-    line each). A half-written last line is cut off. Mistake for a file of another comparison."""
+    """FILE of --json -> the records that FILE has of this very comparison, or that FILE.part has (a batch a line). A
+    half-written last line is cut off. Mistake for a file of another comparison."""
     file = Path(path) if Path(path).exists() else Path(f"{path}.part")
     if not file.exists():
         return []
-    whole, end, half = file.read_bytes().rpartition(b"\n")
+    whole, end, _ = file.read_bytes().rpartition(b"\n")
     try:
         pieces = [json.loads(piece) for piece in ([whole] if file == Path(path) else whole.splitlines())]
-        begun, batches = pieces[0]["config"] if pieces else config, [piece["records"] for piece in pieces]
-        different = [name for name in config | begun if begun.get(name) != config.get(name)]
+        differ = {name for piece in pieces for name in config if piece["config"].get(name) != config[name]}
+        records = [record for piece in pieces for record in piece["records"]]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Mistake(f"{file} is there and was not written by this script: give another --json") from None
-    for name in different:
-        before, now = (json.dumps(c.get(name)) for c in (begun, config))
-        other = f"{file} is of another comparison: {name} was {before}, now {now}"
+    if differ:
+        other = f"{file} is of another comparison: {', '.join(sorted(differ))} differ"
         raise Mistake(f"{other}; give another --json, or remove it")
-    if half:
-        os.truncate(file, len(whole + end))
-    return batches
+    os.truncate(file, len(whole + end))
+    return records
 
 def make_record(r, tokenizer, method, name, position):
     """One answered question as --json keeps it."""
@@ -320,36 +315,31 @@ def make_record(r, tokenizer, method, name, position):
 
 def compare(args, methods, sets, settings, about, load):
     """The comparison that the command line asks for: every method on every set -> metrics and intervals, as in summary.
-    With --json each batch of records is added to FILE.part, and a comparison that was killed goes on after the last one
-    that is there. For the others load() gives policy, tokenizer, search. At the end FILE has it all, FILE.part goes."""
-    digest = lambda questions: hashlib.sha256(repr(questions).encode()).hexdigest()[:16]
+    With --json each batch of records is added to FILE.part, and a comparison that was killed asks only what has no
+    record there. For that load() gives policy, tokenizer, search. At the end FILE has it all, FILE.part goes."""
     config = {
         "checkpoint": args.checkpoint, "methods": methods, "data": list(sets), "limit": args.limit,
         "temperature": args.temperature, "settings": asdict(settings), "trained": about,
-        "questions": {name: digest(questions) for name, questions in sets.items()},
+        "questions": {name: hashlib.sha256(repr(of).encode()).hexdigest()[:16] for name, of in sets.items()},
     }  # fmt: skip
     part = Path(f"{args.json}.part")
-    batches = kept(args.json, config) if args.json else []
-    if sum(map(len, batches)) < len(methods) * sum(map(len, sets.values())):
+    records = kept(args.json, config) if args.json else []
+    done = {(r["method"], r["data"], r["position"]) for r in records}
+    batches = [(method, name, at) for method in methods for name in sets for at in range(0, len(sets[name]), KEPT)]
+    todo = [batch for batch in batches if batch not in done]  # known by its first question
+    if todo:
         policy, tokenizer, search = load()
         slots = engine.Slots(policy, KEPT, settings.max_length)
         generator = torch.Generator(policy.get_output_embeddings().weight.device)
-        todo = [(method, name, at) for method in methods for name in sets for at in range(0, len(sets[name]), KEPT)]
-        bar = tqdm(todo[len(batches) :], initial=len(batches), total=len(todo), unit=f" x {KEPT} questions")
-        for method, name, at in bar:
-            bar.set_description(f"{method}, {name}")
-            generator.manual_seed(at)  # a comparison that goes on draws what it would have drawn
-            asked, how = sets[name][at : at + KEPT], (settings, method, args.temperature, generator, slots)
-            try:
-                rollouts = answer(policy, tokenizer, asked, search, *how)
-            except SearchFailed as error:
-                goes_on = f"; what was answered is in {part}, and the same command goes on" if args.json else ""
-                raise Mistake(f"{error}{goes_on}") from None
-            batches.append([make_record(r, tokenizer, method, name, at + i) for i, r in enumerate(rollouts)])
-            if args.json:
-                with open(part, "a") as lines:
-                    lines.write(json.dumps({"config": config, "records": batches[-1]}) + "\n")
-    records = list(itertools.chain(*batches))
+    for method, name, at in tqdm(todo, unit=f" x {KEPT} questions"):
+        generator.manual_seed(at)  # a comparison that goes on draws what it would have drawn
+        asked, how = sets[name][at : at + KEPT], (settings, method, args.temperature, generator, slots)
+        rollouts = answer(policy, tokenizer, asked, search, *how)
+        batch = [make_record(r, tokenizer, method, name, at + i) for i, r in enumerate(rollouts)]
+        records += batch
+        if args.json:
+            with open(part, "a") as lines:
+                lines.write(json.dumps({"config": config, "records": batch}) + "\n")
     metrics, intervals = summary(records)
     if args.json:
         content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}
@@ -378,8 +368,7 @@ def comparison_table(metrics, intervals):
     """What summary() gives -> text. Of several sets the exact match, a row a method and a column a set with the plain
     mean over sets. Then all metrics, a row a method and set, or of a single one a row a metric. "-": it has none."""
     sets = list(next(iter(metrics.values())))
-    labels = {name: Path(name).stem if Path(name).suffix else name for name in sets}
-    matrix = [["EM", *labels.values(), "average"]]
+    matrix = [["EM", *sets, "average"]]
     for method, of in metrics.items():
         em = [of[name]["em"] for name in sets]
         matrix.append([method, *(f"{value:.3f}" for value in (*em, sum(em) / len(em)))])
@@ -389,7 +378,7 @@ def comparison_table(metrics, intervals):
         cells = [f"{metrics[method][name][key]:.3f}" if key in metrics[method][name] else "-" for key in keys]
         for key, (low, high) in intervals[method][name].items():
             cells[keys.index(key)] += f" ({low:.3f} to {high:.3f})"
-        rows.append([f"{method}, {labels[name]}" if len(sets) > 1 else method, *cells])
+        rows.append([f"{method}, {name}" if len(sets) > 1 else method, *cells])
     if len(rows) == 2:
         return aligned(list(zip(*rows)))
     return f"{aligned(matrix)}\n\n{aligned(rows)}" if len(sets) > 1 else aligned(rows)
@@ -410,24 +399,18 @@ CURVES = [  # title, metric, unit; a panel each, if there are points
 ]
 LOOKS = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # so that a print without colours tells runs apart
 
-def read_runs(paths):
-    """Folders of runs, or CSV files that --plot wrote -> {name of the run: its records, dicts with a step}."""
+def read_runs(folders):
+    """Folders of runs -> {name of the run: its records, dicts with a step}."""
     runs = {}
-    for path in map(Path, paths):
-        if path.suffix == ".csv" and path.exists():
-            for row in csv.DictReader(path.read_text().splitlines()):
-                record = {"step": int(row["step"]), row["metric"]: float(row["value"])}
-                runs.setdefault(row["run"], []).append(record)
-        elif (path / "metrics.jsonl").exists():
-            runs[path.name] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        else:
-            raise Mistake(f"{path} is not the folder of a run: it has no metrics.jsonl")
+    for folder in map(Path, folders):
+        if not (folder / "metrics.jsonl").exists():
+            raise Mistake(f"{folder} is not the folder of a run: it has no metrics.jsonl")
+        runs[folder.name] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return runs
 
 def curve(members, name):
     """Records of one or several runs -> list of (step, mean, lowest, highest) of a metric, at steps that all of them
-    have; none where hops are known, since these have curves of their own. Six significant digits, as in the CSV, so
-    that the CSV draws the very same picture again."""
+    have; none where hops are known, since these have curves of their own. Six digits, as in course/points.py's CSV."""
     if any(f"{name}_1hop" in r for records in members for r in records):
         return []
     values = [{r["step"]: float(f"{r[name]:.6g}") for r in records if name in r} for records in members]
@@ -465,15 +448,6 @@ def plot_runs(runs, path, curves=CURVES):
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), columns + 1))
     figure.savefig(path, dpi=110)
 
-def write_points(runs, path, curves=CURVES):
-    """The points of plot_runs as CSV: run, step, metric, value. --plot draws such a file again."""
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["run", "step", "metric", "value"])
-        for run, records in runs.items():
-            points = [(r["step"], name, r[name]) for r in records for _, name, _ in curves if name in r]
-            rows.writerows([run, step, name, f"{value:.6g}"] for step, name, value in points)
-
 # ----- 6. One conversation -----
 
 # An end of text that may still become a tag, or a character of which bytes are missing.
@@ -487,8 +461,7 @@ def live(tokenizer, colour):
     def show(r, over=False):
         nonlocal done, shown
         pieces = parts(r, tokenizer)
-        for i in range(done, len(pieces)):
-            text, own, _ = pieces[i]
+        for i, (text, own, _) in enumerate(pieces[done:], done):
             growing = i == len(pieces) - 1 and not over
             text = (UNSETTLED.sub("", text) if growing else text).translate(HARMLESS)
             print(paint(text, own, shown) if colour else text[shown:], end="", flush=True)
@@ -514,8 +487,7 @@ def ask(policy, tokenizer, question, search, settings, temperature=0.0, generato
         show(r, over=True)
     finally:
         print()
-    summary = f"{r.num_searches} search{'es' * (r.num_searches != 1)}, answer: {r.answer!r}"
-    print(f"\033[2m{summary}\033[0m" if colour else summary)
+    print(f"{r.num_searches} search{'es' * (r.num_searches != 1)}, answer: {r.answer!r}")
 
 def chat(policy, tokenizer, search, settings, temperature=0.0, generator=None):
     """Ask for questions until an empty line, "exit", Ctrl-D or Ctrl-C. Each is a conversation of its own: the method
@@ -550,8 +522,8 @@ def parse(argv):
     only("--ask", metavar="QUESTION", help="hold one conversation and watch it, instead")
     only("--chat", action="store_true", help="one conversation a question, until an empty line, exit or Ctrl-D")
     only("--json", metavar="FILE", help="keep metrics and a record a question; the same command goes on after a crash")
-    only("--plot", nargs="+", metavar="RUN", help="draw the curves of runs (folders, or CSV files of --plot)")
-    add("--output", default="curves.png", help="the picture of --plot; its points go beside it as CSV")
+    only("--plot", nargs="+", metavar="RUN", help="draw the curves of runs (folders that train.py wrote)")
+    add("--output", default="curves.png", help="the picture of --plot (default: curves.png)")
     args = parser.parse_args(argv)
     if not args.checkpoint and not args.plot:
         raise Mistake("give --checkpoint DIR (a folder that train.py wrote) or --plot RUN")
@@ -564,18 +536,14 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     if args.plot:
-        runs, points = read_runs(args.plot), Path(args.output).with_suffix(".csv")
-        plot_runs(runs, args.output)
-        write_points(runs, points)
-        print(f"wrote {args.output} and {points}")
-        return
+        plot_runs(read_runs(args.plot), args.output)
+        return print(f"wrote {args.output}")
     settings, about = load_settings(args.checkpoint, real=bool(args.corpus or args.data))
     settings = replace(settings, top_k=args.top_k or settings.top_k)
     methods = list(dict.fromkeys(args.method or [about["method"]]))
     specs, talking = args.data, args.chat or args.ask is not None
-    about |= {name: getattr(args, name) for name in ("corpus", "encoder") if getattr(args, name)}
-    if args.world_seed is not None:
-        specs, about = None, about | {"world_seed": args.world_seed, "corpus": None}
+    given = {name: getattr(args, name) for name in ("corpus", "encoder", "world_seed")}
+    about |= {name: value for name, value in given.items() if value is not None}
     if about["corpus"] and not (specs or talking):
         raise Mistake(f"this checkpoint searches {about['corpus']}; give --data, a FILE or the name of a set")
     if specs and not about["corpus"] and (talking or not set(methods) <= set(WITHOUT_SEARCH)):

@@ -4,9 +4,11 @@
     python -m course.export skyrl --data nq+hotpotqa --split eval --system "" --output eval.jsonl
 """
 
+import json
 from pathlib import Path
 
-from data import DATASETS, Mistake, Parser, load_questions, question_files, run_main, write_lines
+from data import DATASETS, Mistake, Parser, load_questions, question_files, run_main
+from retrieval import written_whole
 from searchr1 import make_prompt
 
 # The system message of both trainers' examples. Our prompt has none: --system "" leaves it out.
@@ -46,6 +48,12 @@ def export_rows(questions, trainer, split="train", system=SYSTEM):
             | {"tools_kwargs": {"search": tool}},
             "metadata": None,
         }
+
+
+def write_lines(path, records):
+    """Records -> a file of JSON lines, whole or not at all."""
+    with written_whole(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def main(argv=None):

@@ -189,8 +189,7 @@ def side(name, policy, tokenizer, questions, search, settings):
 def base_of(args):
     """Folder or hub id of the checkpoint to show before training: --before, or what CHECKPOINT was trained from."""
     if args.before:
-        if not Path(args.before).exists():
-            data.reach_hub(args.before)
+        data.fetch(args.before, "config.json", Path(args.before) / "config.json", "model")
         return args.before
     base = load_settings(args.checkpoint)[1]["base"]
     if not base or not Path(base).is_dir():

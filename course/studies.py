@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 import data
 import train
+from course.points import write_points
 from data import Mistake, fixed_sample, load_checkpoint
-from eval import evaluate, plot_runs, read_runs, write_points
+from eval import evaluate, plot_runs, read_runs
 from retrieval import BM25, SearchEngine
 from searchr1 import collate, head_inputs, kl_k1, kl_k2, kl_k3, rollout, token_logprobs, token_mean
 

@@ -46,7 +46,7 @@ def refused(main, capsys):
     return error
 
 
-@pytest.mark.parametrize("name", ["world", "studies", "page", "rerank", "export", "paper_rows"])
+@pytest.mark.parametrize("name", ["world", "studies", "page", "points", "rerank", "export", "paper_rows"])
 def test_each_script_runs_as_a_module_and_says_a_mistake_in_one_line(name, monkeypatch, capsys, tmp_path):
     """Claim: `python -m course.NAME` with a wrong flag prints one line that begins with the script's name and points to
     --help, exit code 2.
@@ -467,7 +467,7 @@ def test_a_page_is_written_whole_or_not_at_all(trained, monkeypatch, capsys):
         ("lost x.html", "lost does not say what it was trained from (gone is gone); give --before"),
         ("ck gone/x.html", "cannot write gone/x.html: no such folder"),
         ("ck .", "cannot write .: a folder"),
-        ("ck x.html --before gone", "gone: no folder of that name"),
+        ("ck x.html --before gone", "gone/config.json is not there and cannot be downloaded"),
         ("ck x.html --limit 25", "--limit 25"),
         ("ck x.html --limit -1", "--limit -1"),
         ("ck x.html --top-k 0", "--top-k 0"),
@@ -558,7 +558,7 @@ def test_exported_rows_are_those_of_the_converters(here):
         ("verl --data bad.jsonl --name nq --output x.json", "bad.jsonl line 2"),
         ("skyrl --data nowhere --output x.json", "cannot read nowhere"),
         ("skyrl --data nq+webqa --output x.json", "'webqa' is none of the sets"),
-        ("skyrl --data popqa --output x.json", "popqa has no training split"),
+        ("skyrl --data popqa --output x.json", "'popqa' is none of the sets"),
         ("skyrl --data mine.jsonl --name nq --output no/x.json", "no/x.json"),
     ],
 )

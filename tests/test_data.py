@@ -17,6 +17,7 @@ import data
 import searchr1
 from conftest import random_model
 from course import world as course_world
+from course.export import write_lines
 from data import Mistake
 from retrieval import SearchFailed, engine_from, load_passages, written_whole
 
@@ -317,12 +318,12 @@ def test_sets_by_name_come_with_the_official_splits(here, monkeypatch):
     """
     asked = []
     get = lambda repo, file, **how: asked.append((repo, file, how)) or f"/cache/{file}"
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", get)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", get)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("downloaded"))
     sets = "nq+triviaqa+popqa+hotpotqa+2wikimultihopqa+musique+bamboogle"
     want = "nq/test triviaqa/test popqa/test hotpotqa/dev 2wikimultihopqa/dev musique/dev bamboogle/test".split()
     assert data.question_files(sets, "eval") == [Path(f"/cache/{name}.jsonl") for name in want]
-    how = {"repo_type": "dataset", "local_files_only": True}
-    assert asked[0] == ("RUC-NLPIR/FlashRAG_datasets", "nq/test.jsonl", how)
+    assert asked[0] == ("RUC-NLPIR/FlashRAG_datasets", "nq/test.jsonl", {"repo_type": "dataset"})
     mine = here("downloads/nq/train.jsonl", record())
     assert data.question_files("nq+hotpotqa", "train") == [mine, Path("/cache/hotpotqa/train.jsonl")]
     assert data.question_files(str(here("nq+mine", record())), "eval") == [Path("nq+mine")]
@@ -335,9 +336,9 @@ def test_all_names_are_checked_before_the_first_download(here, monkeypatch):
     """
     monkeypatch.setattr(data, "fetch", lambda *_: pytest.fail("fetched"))
     for spec, message in (
-        ("nowhere", "cannot read nowhere: no such file, and 'nowhere' is none of the sets nq, triviaqa"),
+        ("nowhere", "cannot read nowhere: no file, and 'nowhere' is none of the sets nq, triviaqa"),
         ("nq+webqa", "'webqa' is none of the sets"),
-        ("nq+popqa", "popqa has no training split; nq, triviaqa, hotpotqa, 2wikimultihopqa, musique have one"),
+        ("nq+popqa", "'popqa' is none of the sets nq, triviaqa, hotpotqa, 2wikimultihopqa, musique$"),
     ):
         with pytest.raises(Mistake, match=message):
             data.load_data(spec, "train")
@@ -345,21 +346,19 @@ def test_all_names_are_checked_before_the_first_download(here, monkeypatch):
 
 def test_what_is_not_on_disk_is_downloaded(here, monkeypatch):
     """Claim: the hub is asked whether it has the file, which costs one question, and then for the file.
-    Fails if: fetch gives up after the cache, or downloads with local_files_only.
+    Fails if: fetch gives up after the cache, or asks for a model of that name.
     """
     calls = []
 
-    def download(repo, file, local_files_only=False, **_):
-        calls.append(local_files_only)
-        if local_files_only:
-            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+    def download(repo, file, repo_type, **_):
+        calls.append((repo, file, repo_type))
         return str(here("cache.jsonl", record()))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", calls.append)
     assert [q.text for q in data.load_data("bamboogle", "eval")] == ["Who?"]
     url = "https://huggingface.co/datasets/RUC-NLPIR/FlashRAG_datasets/resolve/main/bamboogle/test.jsonl"
-    assert calls == [True, url, False]
+    assert calls == [url, ("RUC-NLPIR/FlashRAG_datasets", "bamboogle/test.jsonl", "dataset")]
 
 
 @pytest.mark.parametrize("trouble", ["offline", "network", "missing", "gated"])
@@ -368,7 +367,7 @@ def test_a_set_out_of_reach_is_one_line_that_says_what_to_put_where(here, monkey
     place. The download, which would try for 20 seconds, is not begun.
     Fails if: fetch catches OSError alone (httpx's errors are none), or skips get_hf_file_metadata.
     """
-    download, errors = huggingface_hub.hf_hub_download, huggingface_hub.errors
+    errors = huggingface_hub.errors
     answer = type("Response", (), {"headers": {}, "request": None, "status_code": 404})()
     error = {
         "network": errors.HTTPError("[Errno -2] Name or service not known"),
@@ -381,8 +380,7 @@ def test_a_set_out_of_reach_is_one_line_that_says_what_to_put_where(here, monkey
 
     if error:  # otherwise HF_HUB_OFFLINE, which conftest.py sets, is the trouble
         monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
-    cached = lambda *a, **how: download(*a, **how) if how.get("local_files_only") else pytest.fail("download begun")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("download begun"))
     with pytest.raises(Mistake) as stopped:
         data.load_data("musique", "eval")
     line = str(stopped.value)
@@ -407,9 +405,9 @@ def test_joined_sets_keep_their_ids_apart(here):
 # ----- Real passages -----
 
 
-def test_contexts_are_the_paragraphs_that_came_with_the_questions(here, capsys):
+def test_contexts_are_the_paragraphs_that_came_with_the_questions(here):
     """Claim: HotpotQA's, 2Wiki's and MuSiQue's paragraphs become passages in the official format, in order and each
-    once, sentences joined by one space. Questions without any are counted. The corpus is made once.
+    once, sentences joined by one space. Some questions may bring none. The corpus is made once.
     Fails if: sentences are joined without a space, `seen` is not asked, or the key "content" is not looked for.
     """
     paragraph = {"idx": 3, "title": "Dee", "paragraph_text": " Dee swam. "}
@@ -431,8 +429,6 @@ def test_contexts_are_the_paragraphs_that_came_with_the_questions(here, capsys):
         ("3", '"Dee"\nDee swam.'), ("4", '"E\'e"\nE\'e \u00e9.'),
     ]  # fmt: skip
     assert [p.title for p in load_passages(corpus)] == ["Ada", "Bob", "Cy", "Dee", "E'e"]
-    said = capsys.readouterr().out
-    assert "1 of 3 questions bring none" in said and "0 of 1 questions" in said
     time = corpus.stat().st_mtime_ns
     assert data.contexts_corpus(files, "corpora") == corpus and corpus.stat().st_mtime_ns == time
     here("2wiki.jsonl", HOTPOT, HOTPOT)
@@ -442,7 +438,7 @@ def test_contexts_are_the_paragraphs_that_came_with_the_questions(here, capsys):
 def test_questions_without_paragraphs_are_one_line_and_leave_nothing(here):
     """Claim: a file in which no question brings a paragraph, and a line in another form, are errors that name the file.
     No half-written corpus stays behind.
-    Fails if: the check of `bare` is left out, or write_lines opens `path` itself.
+    Fails if: the check of `bare` is left out, or contexts_corpus opens `corpus` itself.
     """
     nq = here("nq.jsonl", record(), record())
     odd = here("odd.jsonl", HOTPOT, record(context={"title": ["A", "B"], "sentences": [["one"]]}))
@@ -495,20 +491,21 @@ def test_wiki18_is_unpacked_and_indexed_in_a_byte_a_number(here, capsys):
 
 
 def test_a_mistake_about_questions_or_passages_is_found_early_and_is_one_line(here, monkeypatch):
-    """Claim: task() reads the questions before it builds an index. A corpus that is not there, a line of it that is no
-    passage, and an encoder that does not exist are Mistakes.
+    """Claim: task() reads the questions before it builds an index. A line of a corpus that is no passage, and an
+    encoder that does not exist, are Mistakes. A corpus that is not there is an OSError with its name: one line, too.
     Fails if: task resolves the corpus before load_data, or calls resolve_corpus outside of its `try`.
     """
     here("q.jsonl", HOTPOT)
     here("bad.jsonl", HOTPOT, {"question": "no answer"})
     here("p.jsonl", {"id": "0", "contents": '"T"\ntext'}, {"id": "1"})
     for corpus, message in (
-        ("gone.jsonl", "^cannot read gone.jsonl: No such file"),
         ("p.jsonl", "p.jsonl line 2: a passage needs"),
         ("contexts", "no encoder could be loaded from no/encoder"),
     ):
         with pytest.raises(Mistake, match=message):
             data.task(0, corpus, "q.jsonl", encoder="no/encoder")
+    with pytest.raises(OSError, match="No such file or directory: 'gone.jsonl'"):
+        data.task(0, "gone.jsonl", "q.jsonl")
     monkeypatch.setattr(data, "build", lambda *_: pytest.fail("built"))
     with pytest.raises(Mistake, match="bad.jsonl line 2"):
         data.task(0, "contexts", "bad.jsonl")
@@ -539,7 +536,7 @@ def test_a_conversation_runs_as_the_checkpoint_was_trained(tmp_path):
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     """Claim: the hub is asked once for a model that is no folder and not in its cache, before transformers tries.
-    Fails if: reach_hub is not called in load_checkpoint.
+    Fails if: fetch is not called in load_checkpoint.
     """
     asked = []
 
@@ -549,8 +546,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", silent)
     monkeypatch.setattr(data, "AutoModelForCausalLM", None)  # would be an AttributeError
-    with pytest.raises(Mistake, match="nor in the hub's cache, and the hub does not give it .*no route"):
+    with pytest.raises(Mistake, match="loaded from Some/Model-0.5B: .*config.json is not there and cannot .*no route"):
         data.load_checkpoint("Some/Model-0.5B")
+    with pytest.raises(Mistake, match="loaded from runs/1/no-such-checkpoint: .* is not there"):  # can be no hub id
+        data.load_checkpoint("runs/1/no-such-checkpoint")
     assert asked == ["https://huggingface.co/Some/Model-0.5B/resolve/main/config.json"]
 
 
@@ -618,12 +617,12 @@ def test_what_a_user_can_put_right_is_one_line(tmp_path, monkeypatch, capsys, er
     Fails if: run_main catches ValueError, or not OSError.
     """
     path = tmp_path / "out.jsonl"
-    data.write_lines(path, [{"old": 1}])
+    write_lines(path, [{"old": 1}])
 
     def main():
         if isinstance(error, Exception | KeyboardInterrupt):
             raise error
-        data.write_lines(path, [{"new": 2}])
+        write_lines(path, [{"new": 2}])
 
     def full(number):
         raise OSError(28, "No space left on device")

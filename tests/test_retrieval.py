@@ -474,7 +474,7 @@ def test_the_course_shows_the_order_before_and_after_the_cross_encoder(corpus, t
         assert line.split()[4:] == ["Tïtle", str(row), f"{score:.3f}", f"({before.index(row) + 1})"]
     for where, name, top_k, message in (
         ("http://127.0.0.1:1/retrieve", model, "3", "a server"),
-        ("gone.jsonl", model, "3", "cannot read gone.jsonl"),
+        ("gone.jsonl", model, "3", "No such file or directory: 'gone.jsonl'"),
         (str(corpus), "no/model", "3", "no cross-encoder could be loaded"),
         (str(corpus), model, "11", "--candidates 10"),
     ):

@@ -1,0 +1,46 @@
+"""The points of a picture as CSV, and the picture from such a file. So figures/ can be drawn again without its runs.
+
+    python -m course.points figures/mask.csv --output mask.png              a study's picture, from its points
+    python -m course.points outputs/run-1 --output figures/curves.png       as eval.py --plot; the points go beside it
+"""
+
+import csv
+from pathlib import Path
+
+from data import Parser, run_main
+from eval import CURVES, plot_runs, read_runs
+
+
+def write_points(runs, path, curves=CURVES):
+    """The points of plot_runs as CSV: run, step, metric, value."""
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["run", "step", "metric", "value"])
+        for run, records in runs.items():
+            points = [(r["step"], name, r[name]) for r in records for _, name, _ in curves if name in r]
+            rows.writerows([run, step, name, f"{value:.6g}"] for step, name, value in points)
+
+
+def read_points(path):
+    """What write_points wrote -> {name of the run: its records, dicts with a step}, as read_runs gives them."""
+    runs = {}
+    for row in csv.DictReader(Path(path).read_text().splitlines()):
+        runs.setdefault(row["run"], []).append({"step": int(row["step"]), row["metric"]: float(row["value"])})
+    return runs
+
+
+def main(argv=None):
+    parser = Parser(description="Draw the curves of runs, and keep their points as CSV.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or CSV files that this script wrote")
+    parser.add_argument("--output", default="curves.png", help="the picture; its points go beside it as CSV")
+    args = parser.parse_args(argv)
+    runs, points = {}, Path(args.output).with_suffix(".csv")
+    for path in args.runs:
+        runs |= read_points(path) if path.endswith(".csv") else read_runs([path])
+    plot_runs(runs, args.output)
+    write_points(runs, points)
+    print(f"wrote {args.output} and {points}")
+
+
+if __name__ == "__main__":
+    run_main(main)
