@@ -310,7 +310,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
 
     The tail decides how long this takes: once the queue is empty nobody takes a free slot, yet every token still reads
     all weights. Of 80 conversations over 64 slots, 24 are in flight on average [tests/bench_slots.py]. Nothing simple
-    helps: nobody knows in advance which are long, and those of the next step, begun early, come from an older policy."""
+    helps: nobody knows in advance which are long; those of the next step, begun early, come from an older policy."""
     if not conversations:
         return
     device = policy.get_output_embeddings().weight.device

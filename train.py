@@ -154,20 +154,15 @@ def train(config, policy, task):
             rng = random.Random(f"{config.seed} step {step}")
             costs = Costs(device)
 
-            # Phase 1. Questions.
-            questions = task.draw(step)
+            # Phase 1. Questions; with --redraws others, too, for groups that teach nothing [D10].
+            questions, *others = [task.draw(step + k * config.steps) for k in range(1 + config.redraws)]
 
             # Phase 2. Rollouts [Alg. 1], those of a group in a row: a group is known by its place in the batch.
-            rollouts = write(questions, generator, rng)
-
-            # Phase 3. Rewards [Eq. 4]. With --redraws, groups that teach nothing [D10] make way for new questions.
-            rewards_B, em_B = rewards(rollouts, config, rng)
-            for attempt in range(1, config.redraws + 1):
-                dull = equal_groups(rewards_B, config)
-                new = write(task.draw(step + attempt * config.steps)[: len(dull)], generator, rng)
-                rollouts = replaced(rollouts, dull, new, config.group_size)
-                rewards_B, em_B = rewards(rollouts, config, rng)
+            rollouts, redrawn = write(questions, others, generator, rng)
             costs.end("rollout")
+
+            # Phase 3. Rewards [Eq. 4].
+            rewards_B, em_B = rewards(rollouts, config, rng)
 
             # Phase 4. The batch, log-probs of the reference, values of the critic.
             batch = collate(rollouts, device, mask_retrieved=not config.no_mask)
@@ -186,7 +181,7 @@ def train(config, policy, task):
             costs.end("update")
 
             # Phase 7. Log.
-            record = measure(step, rollouts, rewards_B, em_B, losses, costs, config)
+            record = measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config)
             bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
 
             # Phase 8. Evaluate and save.
@@ -202,18 +197,20 @@ def train(config, policy, task):
                 tqdm.write(f"stopped after step {step} and saved; continue with: python train.py --resume {out}")
                 sys.exit(130)
 
-# ----- 3. Phases 2 to 5: gold examples, rewards, log-probs and values, advantages without a critic -----
+# ----- 3. Phases 2 to 5: who writes, rewards, log-probs and values, advantages without a critic -----
 
 def writer(models, task, config):
-    """-> (Slots of the policy, phase 2 as a function: write(questions, generator, rng) -> Rollouts). The policy writes
-    them, or the base model [D17], which has slots of its own, since a captured decoding step knows one role."""
+    """-> (Slots of the policy, phase 2 as a function: write(questions, others, generator, rng) -> Rollouts, and the
+    number of groups that were redrawn). The policy writes, or the base model [D17], which has slots of its own, since a
+    captured decoding step knows one role. others: lists of questions. [DAPO: dynamic sampling] From each in turn come
+    groups in place of those whose rewards are all equal: their advantages are 0 [Eq. 3]."""
     count = config.slots or config.batch_size * config.group_size
     new_slots = lambda: Slots(models.policy, count, config.max_length, graphs=not config.no_cuda_graphs)
     slots = new_slots()
     by_base = config.algo in ("rejection", "format")
     model, part, own_slots = (models.reference, None, new_slots()) if by_base else (models.policy, "policy", slots)
 
-    def write(questions, generator, rng):
+    def once(questions, generator, rng):
         if config.algo == "sft":
             return gold_examples(questions, task.tokenizer)
         with role(model, part):
@@ -221,6 +218,16 @@ def writer(models, task, config):
                 return format_examples(model, task, questions, config.settings, rng, own_slots)
             how = config.settings, config.group_size, config.temperature, generator, own_slots
             return rollout(model, task.tokenizer, questions, task.search, *how)
+
+    def write(questions, others, generator, rng):
+        rollouts, redrawn, G = once(questions, generator, rng), 0, config.group_size
+        for more in others:
+            dull = equal_groups(rewards(rollouts, config, rng)[0], config)
+            new = once(more[: len(dull)], generator, rng)
+            for i, group in enumerate(dull):
+                rollouts[group * G : (group + 1) * G] = new[i * G : (i + 1) * G]
+            redrawn += len(dull)
+        return rollouts, redrawn
 
     return slots, write
 
@@ -299,14 +306,8 @@ def rewards(rollouts, config, rng):
     return rewards_B, em_B
 
 def equal_groups(rewards_B, config):
-    """Rewards [B] -> numbers of the groups in which all are equal: their advantages are 0 [Eq. 3]."""
+    """Rewards [B] -> numbers of the groups in which all are equal."""
     return (rewards_B.view(-1, config.group_size).std(1, correction=0) == 0).nonzero()[:, 0].tolist()
-
-def replaced(rollouts, groups, new, G):
-    """Put the new groups of G rollouts into the places of `groups` -> all rollouts."""
-    for i, group in enumerate(groups):
-        rollouts[group * G : (group + 1) * G] = new[i * G : (i + 1) * G]
-    return rollouts
 
 def micro_batches(batch, index, budget):
     """Row numbers `index` -> pieces of at most `budget` padded tokens (at least one row), like lengths together."""
@@ -445,14 +446,15 @@ def learning_rate_factor(step, warmup_steps, config):
 
 # ----- 5. Phases 7 and 8: logging, evaluating, saving, ending -----
 
-def measure(step, rollouts, rewards_B, em_B, losses, costs, config):
+def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
     """The metrics of a step. Counts are means over all B rollouts; kl, entropy, clip_ratio over trained tokens."""
     mean = lambda values: sum(values) / len(rollouts)
     equal = len(equal_groups(rewards_B, config))
     own, response = [sum(r.response_mask) for r in rollouts], [len(r.ids) - r.prompt_length for r in rollouts]
     return {
         "step": step, "reward/mean": rewards_B.mean().item(), "reward/std": rewards_B.std(correction=0).item(),
-        "reward/em": em_B.mean().item(), "frac_reward_zero_std": equal * config.group_size / len(rollouts), **losses,
+        "reward/em": em_B.mean().item(), "frac_reward_zero_std": equal * config.group_size / len(rollouts),
+        **({"redrawn_groups": redrawn} if config.redraws else {}), **losses,
         "response_length/mean": mean(response), "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
         "env/number_of_valid_search": mean([r.num_searches for r in rollouts]),
