@@ -353,13 +353,13 @@ def predict_memory(policy, config, search_bytes=0):
     # e, their gradient in fp32 and in e.
     one_slice = 4 * tokens * default_chunk(tokens, V, device)
     logits = one_slice * (1 + e / 4 if on_card else 4) + tokens * D * (4 + 3 * e)
-    logits += tokens * D * e * (config.kl_in == "loss")  # the reference's hidden states
+    logits += tokens * D * e * (config.kl_in == "loss" and config.kl_coef > 0)  # the reference's hidden states
 
     slots = config.slots or config.batch_size * config.group_size
     # A block of passages on its way through a layer [engine.feed]: keys and values of its rows, gathered and repeated
     # for all heads (FEED_TOKENS columns), and the MLP's parts (as many ids at most, if all of them are prompts).
     block = e * min(FEED_TOKENS, slots * config.max_length) * (2 * kv + 2 * q + 3 * I + 4 * D)
-    sets = 1 + (config.algo == "rejection")  # of slots: rejection sampling has a second one, of the base model
+    sets = 1 + (config.algo in ("rejection", "format"))  # of slots: there the base model has a second one
     kernels = layers * (STEP_KERNELS + ADAPTER_KERNELS * lora) + 20  # of a decoding step
     return {
         "weights": e * numbers(policy),
