@@ -312,7 +312,8 @@ def test_every_preset_fits_a_card_of_24_gb_as_the_readme_says():
         assert f"{grpo} / {ppo} GiB" in row, (preset, peaks)
         assert re.search(rf"^    {preset} +{grpo} +{ppo} ", models.__doc__, re.MULTILINE), (preset, peaks)
         if preset == "qwen2.5-0.5b":
-            laptop = lambda: [predict_memory(model, train.Config(**resolved("laptop", a))) for a in ("grpo", "ppo", "format")]
+            configs = [train.Config(**resolved("laptop", algo)) for algo in ("grpo", "ppo", "format")]
+            laptop = lambda: [predict_memory(model, config) for config in configs]
             assert max(predicted_peak(memory)[0] for memory in laptop()) < 5.5 * 2**30  # bf16: a card of 6 GB
             model.float()
             assert max(predicted_peak(memory)[0] for memory in laptop()) < 8e9

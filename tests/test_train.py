@@ -111,7 +111,8 @@ def test_shuffled_rewards_are_the_same_rewards_in_another_order(short_prompt):
 
 
 @pytest.mark.parametrize(
-    "answer, em, f1", [("Ada Lovelace", 1.0, 1.0), ("Countess Ada Lovelace", 0.0, 0.8), ("Byron", 0.0, 0.0), (None, 0.0, 0.0)]
+    "answer, em, f1",
+    [("Ada Lovelace", 1.0, 1.0), ("Countess Ada Lovelace", 0.0, 0.8), ("Byron", 0.0, 0.0), (None, 0.0, 0.0)],
 )
 def test_each_reward_pays_what_it_says(short_prompt, answer, em, f1):
     """Claim: --reward em, f1, em+f1 pay exact match, token F1 and the mean of both; reward/em is exact match whatever
@@ -140,7 +141,7 @@ def test_groups_that_teach_nothing_make_way_for_new_questions(small_base, monkey
 
     monkeypatch.setattr(train, "rewards", worth)
     collate = train.collate
-    monkeypatch.setattr(train, "collate", lambda rollouts, *a, **k: trained.extend(rollouts) or collate(rollouts, *a, **k))
+    monkeypatch.setattr(train, "collate", lambda rows, *a, **k: trained.extend(rows) or collate(rows, *a, **k))
     train.main(SMALL + ["--steps", "1", "--redraws", "2", "--output-dir", "run"])
     first, second, third = rounds
     assert len(first) == 5 and [a == b for a, b in zip(first, second)] == [False, True, False, False, False]
@@ -960,7 +961,7 @@ def test_the_cold_start_shows_the_form_and_no_answer(real_shape, monkeypatch):
     does not look at settings.prompt.
     """
     trained, advantages, collate, outcome = [], [], train.collate, train.outcome_advantages
-    monkeypatch.setattr(train, "collate", lambda rollouts, *a, **k: trained.append(rollouts) or collate(rollouts, *a, **k))
+    monkeypatch.setattr(train, "collate", lambda rows, *a, **k: trained.append(rows) or collate(rows, *a, **k))
     monkeypatch.setattr(train, "outcome_advantages", lambda *a: advantages.append(outcome(*a)) or advantages[-1])
     lengths = "--steps 1 --batch-size 5 --max-new-tokens 70 --max-obs-length 90 --max-length 500 --eval-limit 1"
     flags = f"--preset laptop --algo format --eval-data questions.jsonl {lengths} --output-dir".split()
