@@ -93,12 +93,12 @@ PAPER_ONE = {"group_size": 1, "minibatches": 2}  # 512 rollouts in mini-batches 
 # conversations, adapters, no reference. Cold start: --algo format, then --model with its checkpoint.
 LAPTOP = {
     "model": "Qwen/Qwen2.5-0.5B-Instruct", "train_data": "hotpotqa", "corpus": "bm25:contexts", "lora_rank": 32,
-    "lora_alpha": 64.0, "steps": 100, "batch_size": 6, "group_size": 8, "minibatches": 1, "micro_batch_tokens": 1024,
+    "lora_alpha": 64.0, "steps": 100, "batch_size": 5, "group_size": 8, "minibatches": 1, "micro_batch_tokens": 1024,
     "lr": 1e-4, "critic_lr": 5e-4, "lr_decay": False, "adam_beta2": 0.99, "clip_high": 0.28, "kl_coef": 0.0,
     "reward": "em+f1", "prompt": "short", "max_turns": 2, "max_new_tokens": 64, "max_obs_length": 120,
     "max_length": 448, "top_k": 1, "easy_first": True, "eval_every": 20, "eval_limit": 100, "save_every": 5,
 }  # fmt: skip
-LAPTOP_ONE = {"batch_size": 48, "group_size": 1}
+LAPTOP_ONE = {"batch_size": 40, "group_size": 1}
 LAPTOP_FORMAT = {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4, "eval_every": 20}
 
 PRESETS = {
