@@ -723,6 +723,9 @@ def check_config(c):
         "--eval-data needs --train-data: the tiny world has held-out questions": c.eval_data and not c.train_data,
         f"{given('group_size')}: --algo {c.algo} has one example a question": c.algo in SHOWN and c.group_size != 1,
         f"{given('redraws')}: a group of one has no spread": c.redraws and c.group_size == 1,
+        "--algo format shows how to search: leave out --no-search and --max-turns 0": (
+            c.algo == "format" and (c.no_search or not c.max_turns)
+        ),
         "--easy-first needs --model: the tiny world has a schedule of its own": c.easy_first and not c.model,
         f"{given('slots')}: a group of {c.group_size} rollouts is in flight together": 0 < c.slots < c.group_size,
         "--kl exact is a loss: give --kl-in loss, too": c.kl == "exact" and c.kl_in != "loss",

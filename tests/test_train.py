@@ -1108,6 +1108,8 @@ MISTAKES = [
     ("--resume nowhere", "no checkpoint"),
     ("--output-dir old", "holds a run already"),
     ("--algo format", "--algo format is the cold start of --preset laptop"),
+    ("--algo format --preset laptop --no-search", "--algo format shows how to search"),
+    ("--algo format --preset laptop --max-turns 0", "--algo format shows how to search"),
     ("--redraws 1 --algo ppo", "--redraws 1: a group of one has no spread"),
     ("--easy-first", "--easy-first needs --model"),
 ]
