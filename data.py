@@ -338,6 +338,7 @@ def fetch(repo, file, place, kind="dataset"):
     """File of a hub repository -> `place`, or its path in the hub's cache, downloaded if need be. Mistake if not."""
     if place.exists():
         return place
+    # By hand: hf_hub_url raises for a mistyped path, which is no name of a repository.
     url = f"{huggingface_hub.constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}/resolve/main/{file}"
     try:
         found = huggingface_hub.try_to_load_from_cache(repo, file, repo_type=kind)

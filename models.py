@@ -136,7 +136,7 @@ PRESETS = {
     "laptop/ppo": LAPTOP | LAPTOP_ONE,
     "laptop/reinforce": LAPTOP | LAPTOP_ONE,
     "laptop/sft": LAPTOP | LAPTOP_ONE,
-    "laptop/rejection": LAPTOP,
+    "laptop/rejection": LAPTOP | {"reward": "em"},  # what is half right is not imitated
     "laptop/format": LAPTOP | LAPTOP_FORMAT,
     "paper/grpo": PAPER,
     "paper/ppo": PAPER | PAPER_ONE | {"kl_in": "reward"},

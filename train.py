@@ -629,7 +629,8 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
 
     rank = first_ranks(questions, engine.search) if config.easy_first else {}
 
-    def order(epoch):
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):  # sorting and shuffling once an epoch, not at every step
         shuffled = random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
         return sorted(shuffled, key=lambda q: rank.get(q, 0)) if epoch == 0 else shuffled
 

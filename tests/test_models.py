@@ -414,6 +414,7 @@ def test_an_algorithm_changes_the_same_values_of_every_preset(preset):
     Fails if: one entry of PRESETS goes, or is built on the dict of another algorithm.
     """
     names, algos = train.CHOICES["preset"], train.CHOICES["algo"]
+    assert resolved("laptop", "rejection")["reward"] == "em"
     learn = [algo for algo in algos if algo != "format"]  # the cold start is for small models
     assert set(models.PRESETS) == {f"{name}/{algo}" for name in names for algo in learn} | {"laptop/format"}
     grpo = resolved(preset, "grpo")
