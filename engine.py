@@ -49,6 +49,7 @@ class Slots:
         self.capacity = max_length + 1 if self.static else 0  # columns; the last one is never visible
         self.layers = []  # a pair [keys, values] a layer, each [slots, heads, capacity, d]
         self.lengths = [0] * slots
+        self.head = None  # the lm_head in fp32, on a CPU, where a product of bf16 numbers would be rounded to bf16
         self.graphs = graphs  # False: `decode` starts its kernels one by one
         self.steps = {}  # (rows, columns) -> the static inputs and the replay of `decode`
         if self.device.type == "cuda":
@@ -205,7 +206,11 @@ def feed(policy, slots, rows, blocks):
     for row, block in zip(rows, blocks):
         slots.lengths[row] += len(block)
     last_nD = hidden_nTD[torch.arange(len(rows), device=slots.device), last_n]
-    return matmul_fp32(last_nD, policy.get_output_embeddings().weight.T)
+    weight_VD = policy.get_output_embeddings().weight
+    if slots.device.type == "cpu":
+        slots.head = weight_VD.float() if slots.head is None else slots.head
+        return last_nD.float() @ slots.head.T
+    return matmul_fp32(last_nD, weight_VD.T)
 
 # ----- 3. Sampling -----
 
@@ -319,7 +324,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     slots = slots if isinstance(slots, Slots) else Slots(policy, slots, max_length)
     if len(slots.lengths) < group_size:
         raise Mistake(f"{len(slots.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")
-    slots.lengths = [0] * len(slots.lengths)  # keys of older weights are forgotten
+    slots.lengths, slots.head = [0] * len(slots.lengths), None  # keys and head of older weights are forgotten
     double = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     draws_BL = None
     if temperature:

@@ -93,8 +93,8 @@ PAPER_ONE = {"group_size": 1, "minibatches": 2}  # 512 rollouts in mini-batches 
 # conversations, adapters, no reference. Cold start: --algo format, then --model with its checkpoint.
 LAPTOP = {
     "model": "Qwen/Qwen2.5-0.5B-Instruct", "train_data": "hotpotqa", "corpus": "bm25:contexts", "lora_rank": 32,
-    "lora_alpha": 64.0, "steps": 100, "batch_size": 5, "group_size": 8, "minibatches": 1, "micro_batch_tokens": 1024,
-    "lr": 1e-4, "critic_lr": 5e-4, "lr_decay": False, "adam_beta2": 0.99, "clip_high": 0.28, "kl_coef": 0.0,
+    "lora_layers": 12, "lora_alpha": 64.0, "steps": 100, "batch_size": 5, "group_size": 8, "minibatches": 1,
+    "micro_batch_tokens": 2048, "recompute_old_logprobs": True, "lr": 1e-4, "critic_lr": 5e-4, "lr_decay": False, "adam_beta2": 0.99, "clip_high": 0.28, "kl_coef": 0.0,
     "reward": "em+f1", "prompt": "short", "max_turns": 2, "max_new_tokens": 64, "max_obs_length": 120,
     "max_length": 448, "top_k": 1, "easy_first": True, "eval_every": 20, "eval_limit": 100, "save_every": 5,
 }  # fmt: skip
@@ -171,11 +171,16 @@ class Adapted(torch.nn.Module):
             y_nD = y_nD.addmm_(x_nD @ self.A[self.role].T, self.B[self.role].T, alpha=self.scale)
         return y_nD.view(*x.shape[:-1], -1)
 
-def adapt(policy, roles, rank, alpha, seed=0):
-    """Freeze a causal LM and replace every linear layer of its body (never the lm_head) by an Adapted one, in place."""
+def decoder_layers(policy):
+    """The layers of a causal LM or a critic, from the lowest to the highest. transformers marks them by their class."""
+    return [layer for layer in policy.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+def adapt(policy, roles, rank, alpha, upper=0, seed=0):
+    """Freeze a causal LM and replace each linear layer in its `upper` highest decoder layers (0: in all of them) by an
+    Adapted one, in place. Below the lowest adapter nothing is kept for the backward pass, which ends there."""
     policy.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for block in list(policy.base_model.modules()):
+    for block in [block for layer in decoder_layers(policy)[-upper:] for block in layer.modules()]:
         for name, layer in list(block.named_children()):
             if isinstance(layer, torch.nn.Linear):
                 setattr(block, name, Adapted(layer, roles, rank, alpha, generator))
@@ -266,15 +271,14 @@ def make_models(policy, config):
         fuse_norms(policy)
     if config.lora_rank:
         roles = ("policy", "critic") if ppo else ("policy",)
-        reference = adapt(policy, roles, config.lora_rank, config.lora_alpha, config.seed)
+        reference = adapt(policy, roles, config.lora_rank, config.lora_alpha, config.lora_layers, config.seed)
         critic = Critic(policy, policy.base_model).to(policy.device) if ppo else None
     else:
         reference = copy.deepcopy(policy).requires_grad_(False)
         critic = Critic(policy).to(policy.device) if ppo else None
     if config.gradient_checkpointing:
-        for layer in [*policy.modules(), *(critic.modules() if ppo else [])]:
-            if isinstance(layer, GradientCheckpointingLayer):  # transformers' mark of a decoder layer
-                layer.forward = types.MethodType(recomputed, layer)
+        for layer in decoder_layers(policy) + (decoder_layers(critic) if ppo else []):
+            layer.forward = types.MethodType(recomputed, layer)
     critic_optimizer = adam(trained(critic, "critic"), config.critic_lr, config) if ppo else None
     return Models(policy, reference, critic, adam(trained(policy, "policy"), config.lr, config), critic_optimizer)
 
@@ -329,9 +333,10 @@ def predict_memory(policy, config, search_bytes=0):
     D, I, V, H, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.num_hidden_layers
     head_dim = getattr(c, "head_dim", None) or D // H
     q, kv = H * head_dim, (getattr(c, "num_key_value_heads", None) or H) * head_dim
-    lora, critics, r = bool(config.lora_rank), config.algo == "ppo", config.lora_rank
     numbers = lambda module: sum(p.numel() for p in module.parameters())
-    linears = [m for m in policy.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    lora, critics, r = bool(config.lora_rank), config.algo == "ppo", config.lora_rank
+    learning = decoder_layers(policy)[-config.lora_layers * lora :]
+    linears = [m for layer in learning for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     head = critics * (D + 1)  # of the critic, always in fp32
 
     # Trained numbers: the adapters [r, in] and [out, r] of each role, or the policy and the critic's body.
@@ -342,11 +347,11 @@ def predict_memory(policy, config, search_bytes=0):
     # weight is trained (e), the result (e). Attention: q, k, v as rotated and its output, one fp32 number a head. MLP:
     # gate, silu(gate), up, their product. Qwen3's norms of q and k. Adapters: A x, of 7 layers.
     norm = 4 + e + e * (not lora)
-    layer = 2 * D * norm + e * (2 * q + 2 * kv + 4 * I) + 4 * H + e * r * (len(linears) // layers)
+    layer = 2 * D * norm + e * (2 * q + 2 * kv + 4 * I) + 4 * H + e * r * (len(linears) // len(learning))
     layer += (norm - e) * (q + kv) * any("q_norm" in name for name, _ in policy.base_model.named_modules())
     # Kept from the forward pass on: all layers in full, or with gradient checkpointing the input of each. In the
     # backward pass one layer is computed again, if it was not kept, and the gradients of the MLP's parts are added.
-    kept = layers * (e * D if config.gradient_checkpointing else layer) + D * norm  # the last norm is always kept
+    kept = len(learning) * (e * D if config.gradient_checkpointing else layer) + D * norm  # the last norm is always kept
     once = layer * config.gradient_checkpointing + e * (3 * I + 2 * D)
     tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: at least one row
     # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), rows in
@@ -360,7 +365,7 @@ def predict_memory(policy, config, search_bytes=0):
     # for all heads (FEED_TOKENS columns), and the MLP's parts (as many ids at most, if all of them are prompts).
     block = e * min(FEED_TOKENS, slots * config.max_length) * (2 * kv + 2 * q + 3 * I + 4 * D)
     sets = 1 + (config.algo in ("rejection", "format"))  # of slots: there the base model has a second one
-    kernels = layers * (STEP_KERNELS + ADAPTER_KERNELS * lora) + 20  # of a decoding step
+    kernels = layers * STEP_KERNELS + len(learning) * ADAPTER_KERNELS * lora + 20  # of a decoding step
     return {
         "weights": e * numbers(policy),
         "reference's weights": 0 if lora else e * numbers(policy),
@@ -375,6 +380,7 @@ def predict_memory(policy, config, search_bytes=0):
         "CUDA graphs": sets * GRAPHS * kernels * GRAPH_NODE * (on_card and not config.no_cuda_graphs),
         "context, workspaces": (CONTEXT + WORKSPACES) * on_card,
         "search engine": search_bytes,
+        "lm_head in fp32": 4 * V * D * (device == "cpu" and e != 4),  # of the engine
         "a block": block,
         # logits, scaled, log-probs, probabilities (also as float64), their sums in float64
         "sampling": slots * V * (4 * 4 + 2 * 8),

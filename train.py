@@ -74,6 +74,7 @@ class Config:
     device: str = flag("auto", "auto (cuda, else cpu), cpu, cuda or mps")
     dtype: str = flag("auto", "of weights and activations: bf16, fp32, or auto (bf16 with --model on cuda)")
     lora_rank: int = flag(0, "rank of the adapters on one frozen base; 0: full fine-tuning, as in the paper")
+    lora_layers: int = flag(0, "only the so many highest layers get adapters, which is faster; 0: all")
     lora_alpha: float = flag(32.0, "an adapter's change counts alpha / rank times")
     gradient_checkpointing: bool = flag(False, "repeat a layer's forward pass in the backward pass; official code: yes")
     slots: int = flag(0, "rollouts in flight at once; bounds memory; 0: all of a step")
@@ -676,7 +677,7 @@ CHOICES = {
 }  # fmt: skip
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
             "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
-NOT_NEGATIVE = ("max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank slots "
+NOT_NEGATIVE = ("max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank lora_layers slots "
                 "weight_decay").split()  # fmt: skip
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
 RESUME_MAY_CHANGE = {
@@ -727,6 +728,7 @@ def check_config(c):
         "--algo format shows how to search: leave out --no-search and --max-turns 0": (
             c.algo == "format" and (c.no_search or not c.max_turns)
         ),
+        f"{given('lora_layers')}: without --lora-rank there are no adapters": c.lora_layers and not c.lora_rank,
         "--easy-first needs --model: the tiny world has a schedule of its own": c.easy_first and not c.model,
         f"{given('slots')}: a group of {c.group_size} rollouts is in flight together": 0 < c.slots < c.group_size,
         "--kl exact is a loss: give --kl-in loss, too": c.kl == "exact" and c.kl_in != "loss",

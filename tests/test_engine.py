@@ -165,12 +165,14 @@ def test_neither_slots_nor_neighbours_nor_static_buffers_change_a_rollout(model,
         assert rows <= {count, count // 2, count // 4, count // 8} and bool(rows) == static
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_old_keys_never_meet_new_weights(model, tokenizer, static):
+@pytest.mark.parametrize("static, dtype", [(False, "float32"), (True, "float32"), (False, "bfloat16")])
+def test_old_keys_never_meet_new_weights(model, tokenizer, static, dtype):
     """Claim: slots that are used again after the weights changed in place, and after a rollout that a search engine
     broke off, give what empty ones give.
-    Fails if: run does not empty the slots (`slots.lengths = ` dropped).
+    Fails if: run does not empty the slots (`slots.lengths` keeps its value), or keeps the fp32 copy of an old lm_head
+    (`slots.head` does).
     """
+    model = model.to(getattr(torch, dtype))
 
     def gone(queries, top_k):
         raise OSError("gone")
@@ -180,10 +182,23 @@ def test_old_keys_never_meet_new_weights(model, tokenizer, static):
     with pytest.raises(OSError):
         sampled(model, tokenizer, 0.0, slots=slots, search=gone)
     with torch.no_grad():
-        for weight in model.base_model.parameters():
-            weight.mul_(1.3)
+        for weight in model.parameters():
+            weight.add_(0.3 * weight.roll(1, 0))
     after = [r.ids for r in sampled(model, tokenizer, 0.0, slots=slots)]
     assert after == [r.ids for r in sampled(model, tokenizer, 0.0)] != [r.ids for r in before]
+
+
+def test_the_logits_of_a_bf16_model_are_not_rounded(model):
+    """Claim: feed gives fp32 logits of bf16 hidden states, within 1e-6 of the float64 product.
+    Fails if: its head is not made `.float()`, or its result is rounded to bf16.
+    """
+    model, ids = model.bfloat16(), [3, 4, 5, 6]
+    with torch.no_grad():
+        got = engine.feed(model, engine.Slots(model, 1, 20), [0], [ids])
+        hidden_1D = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[:, -1]
+    want = hidden_1D.double() @ model.lm_head.weight.double().T
+    assert got.dtype == torch.float32 and want.abs().max() > 1
+    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-6)
 
 
 def test_blocks_are_fed_in_pieces_that_fit(model, monkeypatch):

@@ -83,6 +83,26 @@ def test_an_adapted_model_is_the_model_with_the_sums_as_its_weights(kind):
         adapted.zero_grad()
 
 
+def test_only_the_upper_layers_get_adapters_and_nothing_below_is_kept_for_them():
+    """Claim: with `upper` 2 of 4 layers, all linear layers of the two highest and no others are adapted. The hidden
+    states that enter them need no gradient, so the backward pass ends there; predict_memory counts no more.
+    Fails if: adapt takes the lowest layers (`[-upper:]` -> `[:upper]`), or predict_memory all of them.
+    """
+    policy = shaped("Qwen3", num_hidden_layers=4)
+    memory = predict_memory(policy, train.Config(lora_rank=3, lora_layers=2))
+    networks = make_models(policy, train.Config(lora_rank=3, lora_layers=2))
+    adapted = {name for name, m in policy.named_modules() if isinstance(m, Adapted)}
+    assert len(adapted) == 14 and all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in adapted)
+    entered = []
+    for layer in policy.model.layers:
+        layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].requires_grad))
+    policy(input_ids=torch.arange(6)[None])
+    assert entered == [False, False, False, True]
+    assert memory["adapters"] == sum(4 * p.numel() for p in trained(networks.policy, "policy").values())
+    all_layers = predict_memory(shaped("Qwen3", num_hidden_layers=4), train.Config(lora_rank=3))
+    assert memory["adapters"] == all_layers["adapters"] / 2 and memory["activations"] < 0.6 * all_layers["activations"]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_merged_checkpoint_answers_like_the_policy(kind, tied, tmp_path):
@@ -348,9 +368,8 @@ def test_the_paper_preset_is_the_official_script():
 TINY = {
     "preset": "tiny", "algo": "grpo", "seed": 0, "world_seed": 0, "model": "", "train_data": "", "eval_data": "",
     "corpus": "", "encoder": "hashed", "output_dir": "none", "resume": "", "device": "auto", "dtype": "auto",
-    "lora_rank": 0, "lora_alpha": 32.0, "gradient_checkpointing": False, "slots": 0, "no_cuda_graphs": False,
-    "steps": 100, "batch_size": 48,
-    "group_size": 5, "minibatches": 4, "micro_batch_tokens": 4096, "lr": 5e-4, "critic_lr": 1e-3, "warmup_steps": 5,
+    "lora_rank": 0, "lora_layers": 0, "lora_alpha": 32.0, "gradient_checkpointing": False, "slots": 0,
+    "no_cuda_graphs": False, "steps": 100, "batch_size": 48, "group_size": 5, "minibatches": 4, "micro_batch_tokens": 4096, "lr": 5e-4, "critic_lr": 1e-3, "warmup_steps": 5,
     "critic_lr_warmup_steps": 5, "critic_warmup_steps": 3, "lr_decay": True, "adam_beta2": 0.95, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "clip_eps": 0.2, "value_clip": 0.5, "gamma": 1.0, "lam": 1.0, "kl_coef": 0.001,
     "kl_in": "loss", "kl": "k3", "entropy_coef": 0.0, "reward": "em", "temperature": 1.0, "max_turns": 3,
@@ -369,8 +388,9 @@ LITERAL = {
     "tiny/grpo": {},
     "laptop/format": {
         "model": "Qwen/Qwen2.5-0.5B-Instruct", "train_data": "hotpotqa", "corpus": "bm25:contexts", "lora_rank": 32,
-        "lora_alpha": 64.0, "steps": 20, "batch_size": 8, "group_size": 1, "minibatches": 1, "lr": 1e-4,
-        "micro_batch_tokens": 1024, "critic_lr": 5e-4, "lr_decay": False, "adam_beta2": 0.99, "kl_coef": 0.0,
+        "lora_layers": 12, "lora_alpha": 64.0, "steps": 20, "batch_size": 8, "group_size": 1, "minibatches": 1,
+        "lr": 1e-4, "micro_batch_tokens": 2048, "recompute_old_logprobs": True, "critic_lr": 5e-4, "lr_decay": False,
+        "adam_beta2": 0.99, "kl_coef": 0.0,
         "reward": "em+f1", "max_turns": 2, "max_new_tokens": 64, "max_obs_length": 120, "max_length": 448, "top_k": 1,
         "warmup_steps": 4, "eval_every": 20, "eval_limit": 100, "save_every": 5,
     },

@@ -1112,6 +1112,7 @@ MISTAKES = [
     ("--algo format --preset laptop --max-turns 0", "--algo format shows how to search"),
     ("--redraws 1 --algo ppo", "--redraws 1: a group of one has no spread"),
     ("--easy-first", "--easy-first needs --model"),
+    ("--lora-layers 2", "--lora-layers 2: without --lora-rank there are no adapters"),
 ]
 
 
