@@ -117,7 +117,7 @@ def _questions(facts, rng, part):
                 for relation in reversed(path):  # "the mayor of {x}", "the mayor of the city where {x} lives"
                     phrase = phrase.format(x=rng.choice(RELATION[relation].nouns))
                 text = rng.choice(OPENERS[KIND_OF[answer]]).format(np=phrase.format(x=subject))
-                questions.append(Question(f"{part}-{len(questions)}", text, (answer,), (subject, *path)))
+                questions.append(Question(f"{part}-{len(questions)}", text, (answer,), len(path), (subject, *path)))
     return questions
 
 def two_hop_share(step):
@@ -370,8 +370,8 @@ def load_data(spec, split):
     return [replace(q, id=name + q.id) for name, file in zip(sets, files) for q in load_questions(file)]
 
 def load_questions(path):
-    """JSON lines `{"id": str, "question": str, "golden_answers": [str, ...]}` (FlashRAG) -> list[Question]. Mistake,
-    with file and line, if a line is anything else or has no answer."""
+    """JSON lines `{"id": str, "question": str, "golden_answers": [str, ...]}` (FlashRAG), maybe with `"metadata":
+    {"hops": int}` -> list[Question]. Mistake, with file and line, if a line is anything else or has no answer."""
     questions = []
     for number, _, line in numbered_lines(path):
         try:
@@ -379,10 +379,11 @@ def load_questions(path):
             text, gold = record["question"], record["golden_answers"]
             if not (text.strip() and gold and isinstance(gold, list) and all(isinstance(a, str) for a in gold)):
                 raise ValueError("empty, or of another type")
+            hops = int((record.get("metadata") or {}).get("hops", 0))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             needed = '"question" (a string) and "golden_answers" (a list of strings, at least one)'
             raise Mistake(f"{path} line {number}: a question needs {needed}; {error!r}") from None
-        questions.append(Question(str(record.get("id", number)), text, tuple(gold)))
+        questions.append(Question(str(record.get("id", number)), text, tuple(gold), hops))
     if not questions:
         raise Mistake(f"{path}: no questions in this file")
     return questions

@@ -52,17 +52,13 @@ from kernels import fused_linear_logprob_kl
 
 @dataclass(frozen=True)
 class Question:
-    """x: a question and every answer that counts as right. `path` is known in the tiny world only: (entity, relation of
-    the first hop, relation of the second hop). Its length says how many searches an honest answer takes."""
+    """x: a question and every answer that counts as right."""
 
     id: str
     text: str
     gold_answers: tuple
-    path: tuple = ()
-
-    @property
-    def hops(self):
-        return max(0, len(self.path) - 1)
+    hops: int = 0  # searches that an honest answer takes; 0: not known
+    path: tuple = ()  # in the tiny world: entity, relation of the first hop, relation of the second hop
 
 # The official text to the letter, "as your want" included: trained checkpoints know it this way.
 TEMPLATE = (

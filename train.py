@@ -114,7 +114,7 @@ class Config:
     no_search: bool = flag(False, "the paper's R1: no search engine")
     no_mask: bool = flag(False, "the paper's ablation: train on retrieved tokens, too")
     redraws: int = flag(0, "rounds in which groups of equal rewards make way for new questions [DAPO]")
-    easy_first: bool = flag(False, "in the first epoch, questions whose own text finds a gold answer come first")
+    easy_first: bool = flag(False, "first epoch: fewer hops first, then those whose own text finds a gold answer")
     shuffle_rewards: bool = flag(False, "a control: rewards dealt out at random within the batch")
     recompute_old_logprobs: bool = flag(False, "old log-probs from the trainer instead of the sampler")
     eval_every: int = flag(10, "steps between evaluations on held-out questions")
@@ -633,7 +633,7 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     @functools.lru_cache(maxsize=2)
     def order(epoch):  # sorting and shuffling once an epoch, not at every step
         shuffled = random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
-        return sorted(shuffled, key=lambda q: rank.get(q, 0)) if epoch == 0 else shuffled
+        return sorted(shuffled, key=lambda q: (q.hops, rank.get(q, 0))) if epoch == 0 else shuffled
 
     def draw(step):  # a function of the step alone, so that a resumed run goes on as planned
         epoch, first = divmod((step - 1) * config.batch_size, len(questions))

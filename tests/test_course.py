@@ -20,7 +20,7 @@ import data
 import searchr1
 import train
 from conftest import LOUD, played, random_model, sampled
-from course import export, page, paper_rows, studies
+from course import export, page, paper_rows, real, studies
 from retrieval import BM25, Passage
 from searchr1 import Question
 
@@ -46,7 +46,7 @@ def refused(main, capsys):
     return error
 
 
-@pytest.mark.parametrize("name", ["world", "studies", "page", "points", "rerank", "export", "paper_rows"])
+@pytest.mark.parametrize("name", ["world", "studies", "page", "points", "rerank", "export", "paper_rows", "real"])
 def test_each_script_runs_as_a_module_and_says_a_mistake_in_one_line(name, monkeypatch, capsys, tmp_path):
     """Claim: `python -m course.NAME` with a wrong flag prints one line that begins with the script's name and points to
     --help, exit code 2.
@@ -330,7 +330,7 @@ class Reader(html.parser.HTMLParser):
 def made_of(turns, gold, samples=None, asked="q?", **settings):
     """page() over one question about which the policy "writes" `turns`; the group of five repeats that rollout, or is
     `samples` -> (the page, the Rollout, its tokenizer)."""
-    r, _, tokenizer = played(turns, Question("0", asked, (gold,), ("a", "b")), SHOUTING, **settings)
+    r, _, tokenizer = played(turns, Question("0", asked, (gold,), 1), SHOUTING, **settings)
     sides = [(name, tokenizer, [r], [samples or [r] * 5]) for name in ("<before>", "after")]
     return page.page([r.question], sides, ["settings: x < y"]), r, tokenizer
 
@@ -570,6 +570,53 @@ def test_an_export_that_cannot_be_is_one_line_and_writes_nothing(here, capsys, f
     here("bad.jsonl", record("Who?", "Ada"), {"question": "no answer"})
     assert message in refused(lambda: export.main(flags.split()), capsys)
     assert sorted(p.name for p in Path().iterdir()) == ["bad.jsonl", "mine.jsonl"]
+
+
+# ----- What real models score -----
+
+
+def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_path, monkeypatch, capsys):
+    """Claim: of a checkpoint of a run that began at a run's checkpoint, steps are its own, hours those of both runs up to
+    the checkpoint, the model is the first one, and the method how it was trained, unless it was asked otherwise. A
+    row a number of hops; rows of other models stay, rows of the same one are replaced.
+    Fails if: origin leaves out `before`, counts the lines after the checkpoint, or rows_of groups by method alone.
+    """
+    monkeypatch.chdir(tmp_path)
+    runs = {"a": ("models/Small-1B", "format", 3600.0), "b": ("a/checkpoint-2", "grpo", 1800.0)}
+    for name, (model, algo, seconds) in runs.items():
+        config = {"model": model, "algo": algo, "no_mask": algo == "grpo", "no_search": False}
+        lines = [{"step": step, "timing_s/update": seconds} for step in (1, 2, 3)]
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(json.dumps(config))
+        Path(name, "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def answered(file, checkpoint, ems, method="search-r1"):
+        score = lambda i, em: {"em": em, "f1": em / 2, "searches": 1, "response_tokens": 40, "hops": 1 + i % 2}
+        records = [{"method": method} | score(i, em) for i, em in enumerate(ems)]
+        config = {"checkpoint": checkpoint, "trained": {"method": "search-r1"}}
+        Path(file).write_text(json.dumps({"config": config, "records": records}))
+
+    answered("0.json", "models/Small-1B", [0.0, 0.0], "rag")
+    answered("1.json", "a/checkpoint-3", [0.0, 1.0])
+    answered("2.json", "b/checkpoint-2", [1.0, 0.0, 1.0, 0.0, 0.0])
+    real.main(["t.csv", "0.json", "1.json"])
+    answered("1.json", "a/checkpoint-3", [1.0])
+    answered("3.json", "b/checkpoint-2", [0.0], "rag")
+    real.main(["t.csv", "1.json", "2.json"])
+    rows = [line.split(",") for line in Path("t.csv").read_text().splitlines()]
+    assert [row[:5] + row[7:] for row in rows[1:]] == [
+        ["Small-1B", "rag", "1", "1", "0.000", "0.000", "1.000", "40.0", "0", "0.00"],
+        ["Small-1B", "rag", "2", "1", "0.000", "0.000", "1.000", "40.0", "0", "0.00"],
+        ["Small-1B", "format", "1", "1", "1.000", "0.500", "1.000", "40.0", "3", "3.00"],
+        ["Small-1B", "format", "2", "1", "1.000", "0.500", "1.000", "40.0", "3", "3.00"],
+        ["Small-1B", "grpo no mask", "1", "3", "0.667", "0.333", "1.000", "40.0", "2", "3.00"],
+        ["Small-1B", "grpo no mask", "2", "2", "0.000", "0.000", "1.000", "40.0", "2", "3.00"],
+    ]
+    assert rows[5][5:7] == ["0.000", "1.000"] and capsys.readouterr().out.count("Small-1B") == 10
+    real.main(["t.csv", "3.json"])
+    assert Path("t.csv").read_text().splitlines()[-1].startswith("Small-1B,rag after grpo no mask,1,1,")
+    Path("bad.json").write_text("{")
+    assert "bad.json was not written by eval.py --json" in refused(lambda: real.main(["t.csv", "bad.json"]), capsys)
 
 
 # ----- The paper's own figures -----

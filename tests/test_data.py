@@ -281,14 +281,14 @@ HOTPOT = record(context={"title": ["Ada", "Bob"], "sentences": [["Ada wrote. ", 
 
 
 def test_questions_are_read_as_flashrag_has_them(here):
-    """Claim: id, question, golden_answers; more keys do no harm, and without an id the line's number is one. A bad line
-    is named by file and number, an empty file by its name.
-    Fails if: golden_answers given as one string is taken for a list of characters.
+    """Claim: id, question, golden_answers; the hops if metadata has them; more keys do no harm, and without an id the
+    line's number is one. A bad line is named by file and number, an empty file by its name.
+    Fails if: golden_answers given as one string is taken for a list of characters, or the hops are left out.
     """
-    good = {"id": 7, "question": "Who?", "golden_answers": ["a", "b"], "metadata": {"type": "bridge"}}
+    good = {"id": 7, "question": "Who?", "golden_answers": ["a", "b"], "metadata": {"type": "bridge", "hops": 2}}
     file = here("q.jsonl", good)
     file.write_text(file.read_text() + '\n{"question": "q", "golden_answers": ["a"]}')
-    assert data.load_questions(file) == [data.Question("7", "Who?", ("a", "b")), data.Question("3", "q", ("a",))]
+    assert data.load_questions(file) == [data.Question("7", "Who?", ("a", "b"), 2), data.Question("3", "q", ("a",))]
     for bad, message in (
         ("{", "JSONDecodeError"),
         ("[1]", "TypeError"),
@@ -298,6 +298,7 @@ def test_questions_are_read_as_flashrag_has_them(here):
         ('{"question": " ", "golden_answers": ["a"]}', "empty"),
         ('{"question": "q", "golden_answers": "a"}', "of another type"),
         ('{"question": "q", "golden_answers": []}', "empty"),
+        ('{"question": "q", "golden_answers": ["a"], "metadata": {"hops": "two"}}', "invalid literal"),
         ('{"question": "q", "golden_answers": ["a", 1]}', "of another type"),
     ):
         file.write_text(json.dumps(good) + "\n" + bad + "\n")

@@ -51,8 +51,8 @@ def test_metrics_are_means_over_all_questions_and_hops_apart(monkeypatch):
         "q4?": [a.format("London")],  # right, format bad
         "q5?": [t + "<search>a</search>", t + a.format("Thames")],  # right
     }
-    golds, paths = ["london", "Thames", "x", "London", "thames"], ["ab", "abc", "abc", "ab", "abc"]
-    questions = [Question(q, q, (gold,), path) for q, gold, path in zip(turns, golds, paths)]
+    golds, hops = ["london", "Thames", "x", "London", "thames"], [1, 2, 2, 1, 2]
+    questions = [Question(q, q, (gold,), of) for q, gold, of in zip(turns, golds, hops)]
     script = {searchr1.make_prompt(q): [list(x.encode()) for x in xs] for q, xs in turns.items()}
     tokenizer, search = searchr1.ByteTokenizer(), lambda queries, k: [PASSAGES] * len(queries)
     monkeypatch.setattr(evaluation, "BATCH", 2)

@@ -986,24 +986,26 @@ def test_the_cold_start_shows_the_form_and_no_answer(real_shape, monkeypatch):
 
 
 def test_easy_questions_come_first(here):
-    """Claim: --easy-first orders the first epoch by the place of the first passage with a gold answer, when the
-    question itself is the query; the second epoch is shuffled.
-    Fails if: draw() sorts every epoch, or first_ranks counts a passage without a gold answer.
+    """Claim: --easy-first orders the first epoch by hops, then by the place of the first passage with a gold answer when
+    the question itself is the query; the second epoch is shuffled.
+    Fails if: draw() sorts every epoch or forgets the hops, or first_ranks counts a passage without a gold answer.
     """
     passages = [(f"Hill {i}", f"hill {i} of the fog is {word}") for i, word in enumerate(("red", "blue", "green"))]
     here("p.jsonl", *[{"id": str(i), "contents": f'"{t}"\n{text}'} for i, (t, text) in enumerate(passages)])
     answers = {"hill 0 fog": "green", "hill 1 fog": "blue", "hill 2 fog": "nowhere", "hill 1 of fog": "blue"}
-    questions = [Question(str(i), text, (gold,)) for i, (text, gold) in enumerate(answers.items())]
+    hops = (1, 2, 1, 1)
+    questions = [Question(str(i), text, (gold,), hops[i]) for i, (text, gold) in enumerate(answers.items())]
     search = engine_from("bm25:p.jsonl").search
     ranks = train.first_ranks(questions, search)
     assert ranks[questions[1]] == ranks[questions[3]] == 0 and ranks[questions[0]] in (1, 2) and ranks[questions[2]] == 3
-    here("q.jsonl", *[{"id": q.id, "question": q.text, "golden_answers": list(q.gold_answers)} for q in questions])
+    record = lambda q: {"question": q.text, "golden_answers": list(q.gold_answers), "metadata": {"hops": q.hops}}
+    here("q.jsonl", *[{"id": q.id} | record(q) for q in questions])
     random_model(data.make_tokenizer()).save_pretrained("model")
     data.make_tokenizer().save_pretrained("model")
     files = "--model model --train-data q.jsonl --eval-data q.jsonl --corpus bm25:p.jsonl --batch-size 4".split()
     _, task = train.load_run(train.parse_config(files + ["--easy-first"]))
-    assert [ranks[q] for q in task.draw(1)] == sorted(ranks.values())
-    assert any([ranks[q] for q in task.draw(step)] != sorted(ranks.values()) for step in range(2, 12))
+    assert [q.id for q in task.draw(1)] == ["3", "0", "2", "1"]
+    assert any([q.id for q in task.draw(step)] != ["3", "0", "2", "1"] for step in range(2, 12))
     assert all(sorted(q.id for q in task.draw(step)) == ["0", "1", "2", "3"] for step in range(1, 12))
 
 

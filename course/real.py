@@ -1,0 +1,71 @@
+"""What real models score, as one table: files of `eval.py --json` -> CSV, a row a model, method and number of hops.
+
+    python eval.py --checkpoint outputs/run-2/checkpoint-100 --data dev.jsonl --json grpo.json
+    python -m course.real figures/real.csv format.json grpo.json
+"""
+
+import csv
+import json
+from pathlib import Path
+
+from data import Mistake, Parser, run_main
+from eval import aligned, bootstrap_interval
+from retrieval import written_whole
+
+COLUMNS = "model method hops n em em_low em_high f1 searches tokens steps hours".split()
+
+
+def origin(checkpoint):
+    """OUTPUT_DIR/checkpoint-N -> (first model, what was last done to it, its steps, hours of all runs so far). A run
+    that began at a checkpoint of another run has that one's origin. A model that no run made: no method, 0 steps."""
+    run, steps = Path(checkpoint).parent, Path(checkpoint).name.removeprefix("checkpoint-")
+    if not (run / "metrics.jsonl").exists():
+        return Path(checkpoint).name, None, 0, 0.0
+    config = json.loads((run / "config.json").read_text())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = [r[key] for r in records if r["step"] <= int(steps) for key in r if key.startswith("timing_s/")]
+    model, _, _, before = origin(config["model"]) if config["model"] else ("tiny", None, 0, 0.0)
+    changes = " no search" * config["no_search"] + " no mask" * config["no_mask"]
+    return model, config["algo"] + changes, int(steps), before + sum(timed) / 3600
+
+
+def rows_of(file):
+    """A file of eval.py --json -> its rows, dicts of COLUMNS. The method of a trained checkpoint is how it was trained;
+    "rag after grpo" if it was asked otherwise."""
+    try:
+        content = json.loads(Path(file).read_text())
+        config, records = content["config"], content["records"]
+    except (ValueError, KeyError, TypeError):
+        raise Mistake(f"{file} was not written by eval.py --json, or not to its end") from None
+    model, trained_by, steps, hours = origin(config["checkpoint"])
+    groups = {}
+    for r in records:
+        method = f"{r['method']} after {trained_by}" if trained_by else r["method"]
+        method = trained_by if trained_by and r["method"] == config["trained"]["method"] else method
+        groups.setdefault((method, r["hops"]), []).append(r)
+    rows = []
+    for (method, hops), of in groups.items():
+        mean = lambda key: sum(r[key] for r in of) / len(of)
+        numbers = mean("em"), *bootstrap_interval([r["em"] for r in of]), mean("f1"), mean("searches")
+        cells = [model, method, hops, len(of), *(f"{x:.3f}" for x in numbers), f"{mean('response_tokens'):.1f}"]
+        rows.append(dict(zip(COLUMNS, [*cells, steps, f"{hours:.2f}"])))
+    return rows
+
+
+def main(argv=None):
+    parser = Parser(description="Collect what real models score in one table.")
+    parser.add_argument("output", metavar="TABLE.csv", help="rows that it has for other models and methods stay")
+    parser.add_argument("files", nargs="+", metavar="FILE.json", help="files that eval.py --json wrote")
+    args = parser.parse_args(argv)
+    known = lambda row: (row["model"], row["method"], str(row["hops"]))
+    old = csv.DictReader(Path(args.output).read_text().splitlines()) if Path(args.output).exists() else []
+    table = {known(row): row for row in old} | {known(row): row for file in args.files for row in rows_of(file)}
+    with written_whole(args.output) as file:
+        lines = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(table.values())
+    print(aligned([COLUMNS, *([str(row[name]) for name in COLUMNS] for row in table.values())]))
+
+
+if __name__ == "__main__":
+    run_main(main)
