@@ -1,1 +1,1 @@
-"""For teaching: the world, studies, pages, reranking, export, the paper's figures, run as `python -m course.NAME`."""
+"""For teaching: exercises and graders, the world, studies, pages, export; run as `python -m course.NAME`."""

@@ -46,7 +46,7 @@ def refused(main, capsys):
     return error
 
 
-@pytest.mark.parametrize("name", ["world", "studies", "page", "points", "rerank", "export", "paper_rows", "real"])
+@pytest.mark.parametrize("name", sorted(file.stem for file in Path(export.__file__).parent.glob("[a-z]*.py")))
 def test_each_script_runs_as_a_module_and_says_a_mistake_in_one_line(name, monkeypatch, capsys, tmp_path):
     """Claim: `python -m course.NAME` with a wrong flag prints one line that begins with the script's name and points to
     --help, exit code 2.
@@ -576,8 +576,8 @@ def test_an_export_that_cannot_be_is_one_line_and_writes_nothing(here, capsys, f
 
 
 def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_path, monkeypatch, capsys):
-    """Claim: of a checkpoint of a run that began at a run's checkpoint, steps are its own, hours those of both runs up to
-    the checkpoint, the model is the first one, and the method how it was trained, unless it was asked otherwise. A
+    """Claim: of a checkpoint of a run that began at a run's checkpoint, steps are its own, hours those of both runs up
+    to the checkpoint, the model is the first one, and the method how it was trained, unless it was asked otherwise. A
     row a number of hops; rows of other models stay, rows of the same one are replaced.
     Fails if: origin leaves out `before`, counts the lines after the checkpoint, or rows_of groups by method alone.
     """

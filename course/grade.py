@@ -1,0 +1,194 @@
+"""Grade a starter that a student has worked on: the tests of its exercises, in a process of their own.
+
+    python -m course.grade ../starter                                  points, and for what is red the claim and a hint
+    python -m course.grade ../starter --exercises 5-8 --json points.json
+    python -m course.grade --run outputs/run-1                         a training run: is it what it says, is it good?
+
+Only the scripts are taken from the student. The tests come from here, so that an edited test changes nothing. An
+exercise that is empty or wrong does not spoil another one: for that one, the solution stands in its place.
+"""
+
+import ast
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+from pathlib import Path
+
+import torch
+
+import data
+from course.assignment import ROOT, by_file, find, with_lines
+from course.exercises import EXERCISES, chosen
+from data import Mistake, Parser, run_main
+from eval import evaluate
+from retrieval import written_whole
+
+THRESHOLDS = Path(__file__).with_name("thresholds.json")  # public: a student can read what a run must reach
+NOISE = 0.02  # how far answers of the same checkpoint may be apart on two machines
+
+
+def solved(folder, file, functions):
+    """The student's source of a script, with our own text for these functions ("Class.function"). A script that they do
+    not have is ours."""
+    student, ours = Path(folder) / file, (ROOT / file).read_text()
+    if not student.exists():
+        return ours
+    source = student.read_text()
+    for path in functions:
+        try:
+            theirs, own = find(ast.parse(source), path), find(ast.parse(ours), path)
+        except (SyntaxError, Mistake):  # it does not parse, or they have removed it: the tests will say so
+            return source
+        lines = ours.splitlines()[own.lineno - 1 : own.end_lineno]
+        source = with_lines(source, theirs.lineno, theirs.end_lineno, lines)
+    return source
+
+
+def unfinished(folder, number):
+    """Does a function of this exercise still raise what the starter has put there?"""
+    files = {f"{function.partition('.')[0]}.py" for function in EXERCISES[number - 1].functions}
+    words = f'raise NotImplementedError("exercise {number}: '
+    return any(words in file.read_text() for file in map(Path(folder).joinpath, files) if file.exists())
+
+
+def run_tests(folder, tests, seconds, others=()):
+    """Run "file::test"s on the scripts in `folder`, which stays as it is, with our solution of the exercises `others`
+    -> {test: None if all its cases are green, else the first line of what went wrong}. The process is killed after so
+    many seconds; then every test has failed."""
+    with tempfile.TemporaryDirectory(prefix="grade-") as work:
+        work, ours = Path(work), by_file(others)
+        for script in ROOT.glob("*.py"):
+            (work / script.name).write_text(solved(folder, script.name, ours.get(script.name, ())))
+        for part in ("tests", "course", "figures"):
+            shutil.copytree(ROOT / part, work / part, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+        report = work / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
+        command += [str(work / "tests" / test) for test in tests]
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        how = {"cwd": work, "env": environment, "capture_output": True, "text": True, "timeout": seconds}
+        try:
+            done = subprocess.run(command, **how)
+        except subprocess.TimeoutExpired:
+            return dict.fromkeys(tests, f"not done after {seconds} seconds")
+        if not report.exists():
+            return dict.fromkeys(tests, (done.stdout + done.stderr).strip().splitlines()[-1])
+        cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
+    verdicts = {}
+    for test in tests:
+        file, _, name = test.partition("::")
+        own = [case for case in cases if case.get("name", "").partition("[")[0] == name]
+        wrong = [bad.get("message", "").strip() for case in own for bad in (*case.iter("failure"), *case.iter("error"))]
+        if not own:  # the file could not even be imported
+            wrong = [bad.get("message", "no such test") for case in cases for bad in case.iter("error")] or ["not run"]
+        verdicts[test] = (wrong[0] or "failed").splitlines()[0][:160] if wrong else None
+    return verdicts
+
+
+def claim_of(test):
+    """"file::test" -> what its docstring claims, in one line."""
+    file, _, name = test.partition("::")
+    text = ast.get_docstring(find(ast.parse((ROOT / "tests" / file).read_text()), name)) or ""
+    return " ".join(text.partition("Fails if")[0].removeprefix("Claim:").split())
+
+
+def grade(folder, numbers, seconds):
+    """-> a dict an exercise: number, functions, points, earned, red (list of {test, claim, error}). One process runs
+    all the tests. What is red there is run again in a process of its own, where all other exercises are ours."""
+    every, results = range(1, len(EXERCISES) + 1), []
+    empty = [n for n in every if unfinished(folder, n)]
+    tests = list(dict.fromkeys(test for n in numbers if n not in empty for test in EXERCISES[n - 1].tests))
+    together = run_tests(folder, tests, seconds, empty) if tests else {}
+    for n in numbers:
+        e = EXERCISES[n - 1]
+        verdicts = dict.fromkeys(e.tests, "it is still empty") if n in empty else together
+        if n not in empty and any(verdicts[test] for test in e.tests):
+            verdicts = run_tests(folder, e.tests, seconds, [other for other in every if other != n])
+        red = [{"test": t, "claim": claim_of(t), "error": verdicts[t]} for t in e.tests if verdicts[t]]
+        result = {"number": n, "functions": list(e.functions), "points": e.points, "earned": 0 if red else e.points}
+        results.append(result | {"red": red})
+    return results
+
+
+def show(results):
+    for r in results:
+        mark = "red  " if r["red"] else "green"
+        print(f"{r['number']:2}  {mark}  {r['earned']:2} of {r['points']:2}  {', '.join(r['functions'])}")
+        for bad in r["red"][:1]:
+            print(f"      claim: {bad['claim']}\n      {bad['test']}: {bad['error']}")
+            print(f"      hint: {EXERCISES[r['number'] - 1].hints[0]}")
+    print(f"{sum(r['earned'] for r in results)} of {sum(r['points'] for r in results)} points")
+
+
+# ----- A training run -----
+
+
+def grade_run(folder):
+    """OUTPUT_DIR of a run in a tiny world -> list of (what is checked, why it fails or None)."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        wanted = json.loads(THRESHOLDS.read_text())[f"{config['preset']}/{config['algo']}"]
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{folder} is not the folder of a run: {error}") from None
+    except KeyError:
+        raise Mistake(f"{folder} is a run for which {THRESHOLDS.name} has no bar") from None
+    checks, last = [], records[-1]
+    whole = [r["step"] for r in records] == list(range(config["steps"] + 1))
+    checks.append(("every step is in the log, once", None if whole else "steps are missing, or out of order"))
+    numbers = [value for r in records for value in r.values() if isinstance(value, (int, float))]
+    checks.append(("all numbers are finite", None if all(map(math.isfinite, numbers)) else "NaN or infinity"))
+    for name, bar in wanted.items():
+        low = last.get(name, 0.0) < bar
+        checks.append((f"{name} is at least {bar}", f"it is {last.get(name, 0.0):.3f}" if low else None))
+    for name in ("no_search", "no_mask", "shuffle_rewards"):
+        checks.append((f"without --{name.replace('_', '-')}", "it is set" if config[name] else None))
+    # The checkpoint answers its world's questions again: copied or edited metrics do not survive this.
+    checkpoint = folder / f"checkpoint-{config['steps']}"
+    settings, about = data.load_settings(checkpoint)
+    own = about["world_seed"] == config["world_seed"]
+    checks.append(("the checkpoint is of this world", None if own else f"it is of world {about['world_seed']}"))
+    policy, tokenizer = data.load_checkpoint(str(checkpoint))
+    questions, engine, _ = data.task(config["world_seed"])
+    asked = data.fixed_sample(questions, config["eval_limit"])
+    again, _ = evaluate(policy, tokenizer, asked, engine.search, settings, about["method"])
+    for name in wanted:
+        found, logged = again[name.removeprefix("eval/")], last.get(name, 0.0)
+        apart = abs(found - logged) > NOISE
+        checks.append((f"the checkpoint gives {name}", f"{found:.3f}, the log has {logged:.3f}" if apart else None))
+    return checks
+
+
+def main(argv=None):
+    parser = Parser(description="Grade a starter that a student has worked on, or a training run.")
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="what course.assignment wrote, and a student's work")
+    parser.add_argument("--exercises", default="", help="like 1-6 or 3,7-9 (default: all)")
+    parser.add_argument("--run", metavar="RUN", help="the folder of a training run in a tiny world, instead")
+    parser.add_argument("--json", metavar="FILE", help="the same as JSON, for an autograder")
+    parser.add_argument("--seconds", type=int, default=300, help="time limit of the tests (default: 300)")
+    args = parser.parse_args(argv)
+    if bool(args.folder) == bool(args.run):
+        raise Mistake("give DIR, or --run RUN")
+    if args.run:
+        torch.manual_seed(0)
+        checks = grade_run(args.run)
+        results = [{"check": what, "wrong": why} for what, why in checks]
+        print("\n".join(f"{'wrong' if why else 'fine '}  {what}{f': {why}' if why else ''}" for what, why in checks))
+    else:
+        if not (Path(args.folder) / "searchr1.py").exists():
+            raise Mistake(f"{args.folder} has no searchr1.py: give the folder that course.assignment wrote")
+        results = grade(args.folder, chosen(args.exercises), args.seconds)
+        show(results)
+    if args.json:
+        with written_whole(args.json) as file:
+            file.write(json.dumps(results, indent=1) + "\n")
+    return int(any(r.get("wrong") or r.get("red") for r in results))
+
+
+if __name__ == "__main__":
+    run_main(main)

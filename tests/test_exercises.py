@@ -1,0 +1,215 @@
+"""Claims about the exercises: the starter, its grader, the grading of a run."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import data
+import train
+from conftest import random_model
+from course import assignment, exercises, grade, mutants
+from course.assignment import ROOT, emptied, find
+
+SOURCE = '''
+def outer(x, y=1):
+    """What it does."""
+    # a comment that tells the answer
+    return x + y  # another
+
+
+class A:
+    def method(self):
+        return 1
+
+
+def last():
+    """Stays."""
+    return 3
+'''
+
+
+def refused(main, argv):
+    with pytest.raises(data.Mistake) as error:
+        main(argv)
+    return str(error.value)
+
+
+def test_every_exercise_has_a_function_a_test_and_three_hints():
+    """Claim: what the table names exists: functions in the scripts, tests with a claim in tests/; no function twice.
+    Fails if: a function or a test of an exercise is renamed.
+    """
+    assert len(exercises.EXERCISES) >= 12
+    functions = [f for e in exercises.EXERCISES for f in e.functions]
+    assert len(set(functions)) == len(functions)
+    for e in exercises.EXERCISES:
+        assert len(e.hints) == 3 and all(e.hints) and e.tests and e.points and e.minutes and e.read
+        for function in e.functions:
+            module, _, path = function.partition(".")
+            assert find(ast.parse((ROOT / f"{module}.py").read_text()), path).body
+        assert all(len(grade.claim_of(test)) > 20 for test in e.tests)
+
+
+def test_an_emptied_function_keeps_its_signature_and_docstring_and_nothing_else():
+    """Claim: body and comments go, in a method and without a docstring, too; the rest of the file stays as it is.
+    Fails if: emptied begins at the first statement after the docstring, or leaves the last line of the body.
+    """
+    assert emptied(SOURCE, {"outer": 4, "A.method": 5}) == '''
+def outer(x, y=1):
+    """What it does."""
+    raise NotImplementedError("exercise 4: outer")
+
+
+class A:
+    def method(self):
+        raise NotImplementedError("exercise 5: method")
+
+
+def last():
+    """Stays."""
+    return 3
+'''
+    with pytest.raises(data.Mistake, match="there is no A.other"):
+        emptied(SOURCE, {"A.other": 1})
+
+
+def test_a_starter_has_no_answers(tmp_path, monkeypatch):
+    """Claim: every function of the chosen exercises raises, no other function does, all files compile; neither LOG.md
+    nor the history is there. A folder that exists is left alone.
+    Fails if: PARTS has LOG.md, or write_starter empties all exercises whatever is chosen.
+    """
+    monkeypatch.chdir(tmp_path)
+    assignment.main(["s", "--exercises", "3,14"])
+    empty = []
+    for file in Path("s").glob("*.py"):
+        compile(file.read_text(), str(file), "exec")
+        empty += re.findall(r'raise NotImplementedError\("(exercise .*)"\)', file.read_text())
+    assert sorted(empty) == ["exercise 14: gradient_kernel", "exercise 14: gradient_twin", "exercise 3: append"]
+    assert not Path("s/LOG.md").exists() and not Path("s/.git").exists() and Path("s/AGENTS.md").exists()
+    assert "exists already" in refused(assignment.main, ["s"])
+    assert "there is no exercise 99" in refused(assignment.main, ["t", "--exercises", "1,99"])
+    assert "give numbers" in refused(assignment.main, ["t", "--exercises", "x"])
+
+
+def test_the_tests_run_on_the_students_functions_and_leave_nothing_behind(tmp_path, monkeypatch):
+    """Claim: a right solution is green; a plausible wrong one (a mean over rows first, the trap of [D7]) is red, and so
+    is what depends on it; an empty exercise that is not asked about is ours. The student's own tests do not count,
+    their folder stays as it is.
+    Fails if: run_tests copies the student's tests, or solved() keeps the student's text of the other exercises.
+    """
+    monkeypatch.chdir(tmp_path)
+    assignment.main(["s", "--exercises", "1,5,6,8"])
+    script, solution = Path("s/searchr1.py"), (ROOT / "searchr1.py").read_text()
+    body = solution.partition("def whiten(x, mask):")[2].partition("\n\ndef ")[0]
+    text = re.sub(r"(?s)(def whiten\(x, mask\):).*?(?=\n\ndef )", lambda m: m[1] + body, script.read_text())
+    wrong = "return (x * mask).sum(-1).div(mask.sum(-1)).mean()"
+    script.write_text(text.replace('raise NotImplementedError("exercise 5: token_mean")', wrong))
+    for test in Path("s/tests").glob("test_*.py"):
+        test.write_text("def test_the_first_complete_tag_pair_is_the_action(): pass\n")
+    before = {file: file.read_bytes() for file in Path("s").rglob("*") if file.is_file()}
+    assert [n for n in range(1, 17) if grade.unfinished("s", n)] == [1, 8]
+    tests = [test for n in (1, 5, 6, 8, 11) for test in exercises.EXERCISES[n - 1].tests]
+    verdicts = grade.run_tests("s", tests, 100, others=[8, 11])
+    assert {test.partition("::")[2] for test, error in verdicts.items() if error} == {
+        "test_the_first_complete_tag_pair_is_the_action",
+        "test_the_policy_loss_is_a_mean_over_tokens_not_over_rollouts",
+        "test_without_the_mask_retrieved_tokens_are_trained_and_the_prompt_is_not",
+    }
+    assert "exercise 1: parse_action" in verdicts[tests[0]]
+    assert {file: file.read_bytes() for file in Path("s").rglob("*") if file.is_file()} == before
+
+
+def test_one_wrong_exercise_does_not_spoil_another(tmp_path, monkeypatch, capsys):
+    """Claim: what is red among the student's own functions is run again with all the others ours, and that counts. What
+    is empty earns nothing and runs nothing. The claim and the first hint are printed for what is red.
+    Fails if: grade keeps the verdict of the common run, or runs an empty exercise.
+    """
+    monkeypatch.chdir(tmp_path)
+    assignment.main(["s", "--exercises", "1"])
+    runs, wrong = [], exercises.EXERCISES[4].tests[0]  # of exercise 5, which exercise 10 needs, too
+
+    def fake(folder, tests, seconds, others=()):
+        runs.append((len(tests), list(others)))
+        return {test: "wrong" if test == wrong and 5 not in others else None for test in tests}
+
+    monkeypatch.setattr(grade, "run_tests", fake)
+    assert grade.main(["s", "--exercises", "1,5,6,10", "--json", "points.json"]) == 1
+    results = json.loads(Path("points.json").read_text())
+    assert [(r["number"], r["earned"]) for r in results] == [(1, 0), (5, 0), (6, 4), (10, 6)]
+    everything = range(1, 17)
+    assert runs == [(5, [1]), (2, [n for n in everything if n != 5]), (3, [n for n in everything if n != 10])]
+    out = capsys.readouterr().out
+    assert "it is still empty" in out and "10 of 15 points" in out
+    assert f"claim: {grade.claim_of(wrong)}" in out and "hint: A long rollout has more to say" in out
+
+
+def test_a_hanging_solution_is_killed(tmp_path, monkeypatch):
+    """Claim: tests that are not done in time have failed, and the message says so.
+    Fails if: the process gets no time limit.
+    """
+    verdicts = grade.run_tests(ROOT, [grade.EXERCISES[0].tests[0]], seconds=0.05)
+    assert list(verdicts.values()) == ["not done after 0.05 seconds"]
+
+
+def test_every_mutant_changes_a_line_that_exists_and_has_a_test():
+    """Claim: at least 25; each changes one place of a file that compiles afterwards, and names a test that exists.
+    Fails if: a line that a mutant changes is written in another way.
+    """
+    assert len(mutants.MUTANTS) >= 25
+    for mutant in mutants.MUTANTS:
+        compile(mutants.mutated(mutant), mutant.file, "exec")
+        assert grade.claim_of(mutant.test) and mutant.lesson
+
+
+def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, monkeypatch, capsys):
+    """Claim: the three belong to three tests and depend on the seed; the folder has all three, their tests are not
+    collected, and the list of mutants is not there. The check says which are mended.
+    Fails if: planted draws from all mutants at once, or write_bughunt leaves a test in place.
+    """
+    monkeypatch.chdir(tmp_path)
+    assert len({tuple(mutants.planted(i)) for i in range(20)}) > 15 and mutants.planted(3) == mutants.planted(3)
+    assert all(len({bug.test for bug in mutants.planted(i)}) == 3 for i in range(20))
+    mutants.main(["--bughunt", "hunt", "--seed", "ada"])
+    bugs = mutants.planted("ada")
+    for bug in bugs:
+        name = bug.test.partition("::")[2]
+        assert bug.new in Path("hunt", bug.file).read_text() and bug.old not in Path("hunt", bug.file).read_text()
+        assert f"def hidden_{name}(" in Path("hunt/tests", bug.test.partition("::")[0]).read_text()
+    assert not Path("hunt/course/mutants.py").exists() and not Path("hunt/LOG.md").exists()
+    monkeypatch.setattr(mutants, "run_tests", lambda folder, tests, seconds: {t: t == bugs[1].test for t in tests})
+    assert mutants.main(["--check", "hunt", "--seed", "ada"]) == 1
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.startswith("NOT mended") for line in lines] == [False, True, False]
+
+
+def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, world, engine):
+    """Claim: a run passes whose log is whole, reaches the bar, and whose checkpoint answers its world's questions as
+    the log says. Better numbers in the log, a missing step, or another world's checkpoint are named.
+    Fails if: grade_run compares the log with itself, or does not look at the checkpoint's world_seed.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "task", lambda seed: (world.test, engine, world))
+    monkeypatch.setattr(grade, "THRESHOLDS", Path("bar.json"))
+    Path("bar.json").write_text('{"tiny/grpo": {"eval/em_1hop": 0.0, "eval/em_2hop": 0.0}}')
+    config = train.parse_config(["--steps", "2", "--eval-limit", "8", "--output-dir", "run"])
+    model, ck = random_model(tokenizer), Path("run/checkpoint-2")
+    model.save_pretrained(ck), tokenizer.save_pretrained(ck)
+    settings = {"world_seed": 0, "method": "search-r1"} | vars(data.TINY_SETTINGS)
+    Path(ck, "search_r1.json").write_text(json.dumps(settings))
+    Path("run/config.json").write_text(json.dumps(vars(config)))
+
+    def graded(em=0.0, steps=(0, 1, 2)):
+        lines = [{"step": s, "eval/em_1hop": em, "eval/em_2hop": 0.0} for s in steps]
+        Path("run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return [what for what, why in grade.grade_run("run") if why]
+
+    assert graded() == []
+    assert graded(em=1.0) == ["the checkpoint gives eval/em_1hop"]
+    assert graded(steps=(0, 2)) == ["every step is in the log, once"]
+    Path("bar.json").write_text('{"tiny/grpo": {"eval/em_1hop": 0.95}}')
+    assert graded() == ["eval/em_1hop is at least 0.95"]
+    Path(ck, "search_r1.json").write_text(json.dumps(settings | {"world_seed": 5}))
+    assert "the checkpoint is of this world" in graded()
+    assert "is not the folder of a run" in refused(grade.main, ["--run", "nowhere"])
