@@ -83,7 +83,7 @@ def bootstrap_interval(values, samples=2000, seed=0):
 # A method is a conversation: method(r, tokenizer, settings, ends) is a generator over an empty Rollout r that carries
 # its question. As in searchr1.converse, it yields a str to search, or None for the next token of r. It may also yield
 # another Rollout, whose next token it wants. At its end r is the record of all calls of the model: what was put before
-# the model has mask False.
+# the model has mask False. The prompts are ours [D15].
 
 THE_ANSWER = ("the answer and nothing else inside <answer> and </answer>, for example <answer> Beijing </answer>. "
               "Question: {question}")  # fmt: skip

@@ -1,8 +1,8 @@
 """Log-probabilities, entropy and KL of the tokens that the policy wrote, without the wall of logits.
 
-The losses [Eq. 1-3] ask for log pi(a), the entropy of pi and the KL to the reference at each response token. All three
-are functions of one row of logits x_1..x_V. With a real model these rows fill the memory, not the weights: one fp32
-copy of 8192 rows over Qwen's vocabulary takes 8192 * 151936 * 4 bytes = 4.6 GiB, and the usual expression
+The losses [Eq. 2, Eq. 3] ask for log pi(a), the entropy of pi and the KL to the reference at each response token. All
+three are functions of one row of logits x_1..x_V. With a real model these rows fill the memory, not the weights: one
+fp32 copy of 8192 rows over Qwen's vocabulary takes 8192 * 151936 * 4 bytes = 4.6 GiB, and the usual expression
 (`log_softmax`, `gather`, autograd) holds three at its peak. Yet the mask throws more than half of the rows away.
 
 This file (1) drops masked rows BEFORE it multiplies by the lm_head, (2) walks over the vocabulary in slices and keeps

@@ -94,7 +94,8 @@ PAPER_ONE = {"group_size": 1, "minibatches": 2}  # 512 rollouts in mini-batches 
 LAPTOP = {
     "model": "Qwen/Qwen2.5-0.5B-Instruct", "train_data": "hotpotqa", "corpus": "bm25:contexts", "lora_rank": 32,
     "lora_layers": 12, "lora_alpha": 64.0, "steps": 100, "batch_size": 5, "group_size": 8, "minibatches": 1,
-    "micro_batch_tokens": 2048, "recompute_old_logprobs": True, "lr": 1e-4, "critic_lr": 5e-4, "lr_decay": False, "adam_beta2": 0.99, "clip_high": 0.28, "kl_coef": 0.0,
+    "micro_batch_tokens": 2048, "recompute_old_logprobs": True, "lr": 1e-4, "critic_lr": 5e-4, "lr_decay": False,
+    "adam_beta2": 0.99, "clip_high": 0.28, "kl_coef": 0.0,
     "reward": "em+f1", "prompt": "short", "max_turns": 2, "max_new_tokens": 64, "max_obs_length": 120,
     "max_length": 448, "top_k": 1, "easy_first": True, "eval_every": 20, "eval_limit": 100, "save_every": 5,
 }  # fmt: skip
@@ -148,7 +149,7 @@ PRESETS = {
 # ----- 2. Adapters, and the role that a model plays -----
 
 class Adapted(torch.nn.Module):
-    """A frozen linear layer and, for each role, a trained change of low rank [LoRA Eq. 3]: y = W x + b + alpha/r B A x.
+    """[D14] A frozen linear layer and a trained change of low rank a role [LoRA Eq. 3]: y = W x + b + alpha/r B A x.
     weight [out, in] and bias are the layer's own, under their old names. A [r, in] is uniform in +-1/sqrt(in), B [out,
     r] is 0, so that every role begins as the base model. `role` says whose change is on; None: nobody's."""
 
@@ -351,7 +352,7 @@ def predict_memory(policy, config, search_bytes=0):
     layer += (norm - e) * (q + kv) * any("q_norm" in name for name, _ in policy.base_model.named_modules())
     # Kept from the forward pass on: all layers in full, or with gradient checkpointing the input of each. In the
     # backward pass one layer is computed again, if it was not kept, and the gradients of the MLP's parts are added.
-    kept = len(learning) * (e * D if config.gradient_checkpointing else layer) + D * norm  # the last norm is always kept
+    kept = len(learning) * (e * D if config.gradient_checkpointing else layer) + D * norm  # the last norm's
     once = layer * config.gradient_checkpointing + e * (3 * I + 2 * D)
     tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: at least one row
     # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), rows in

@@ -185,7 +185,7 @@ def converse(r, tokenizer, settings, ends=None):
     ends: ids that end a sequence; None: the tokenizer's. Who drives it: `rollout`, the demonstration below, a test."""
     ends = ends or {tokenizer.eos_token_id}
     max_turns = settings.max_turns if settings.do_search else 0
-    for b in range(max_turns + 1):  # l. 2, and one more turn that cannot search
+    for b in range(max_turns + 1):  # l. 1, l. 2, l. 10; and one more turn, which cannot search
         start = len(r.ids)  # l. 3
         limit = min(start + settings.max_new_tokens, settings.max_length)
         while True:  # l. 4

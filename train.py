@@ -101,7 +101,7 @@ class Config:
     kl_coef: float = flag(0.001, "beta; the paper: 0.001")
     kl_in: str = flag("loss", "where the KL penalty stands: reward (k1) or loss (--kl)")
     kl: str = flag("k3", "KL in the loss: k3, as in the official code, or exact, over the whole vocabulary")
-    entropy_coef: float = flag(0.0, "weight of an entropy bonus; official code: 0.001")
+    entropy_coef: float = flag(0.0, "weight of an entropy bonus; official code: 0.001")  # [D12]
     reward: str = flag("em", "em [Eq. 4], f1, em+f1 (their mean), or format (the second paper's shaped reward)")
     prompt: str = flag("official", "official (Table 1), or short, for models too small to use its instructions")
     temperature: float = flag(1.0, "of sampling; the paper: 1.0")

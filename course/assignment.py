@@ -65,7 +65,7 @@ def by_file(numbers):
 
 
 def copy_project(out, without=()):
-    """Copy PARTS of this project, except files of the names `without`, to a folder that does not exist yet -> its Path."""
+    """Copy PARTS of this project, but no files named in `without`, to a folder that does not exist yet -> its Path."""
     out = Path(out)
     if out.exists():
         raise Mistake(f"{out} exists already: give another folder")

@@ -10,7 +10,7 @@ import pytest
 import data
 import train
 from conftest import random_model
-from course import assignment, exercises, grade, mutants
+from course import assignment, exercises, grade, mutants, paper_map
 from course.assignment import ROOT, emptied, find
 
 SOURCE = '''
@@ -213,3 +213,23 @@ def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, 
     Path(ck, "search_r1.json").write_text(json.dumps(settings | {"world_seed": 5}))
     assert "the checkpoint is of this world" in graded()
     assert "is not the folder of a run" in refused(grade.main, ["--run", "nowhere"])
+
+
+# ----- The map -----
+
+
+def test_every_equation_line_and_departure_is_cited_where_it_happens(capsys):
+    """Claim: no tag is unknown. Each equation, each line of Algorithm 1 and each departure has a tag at its place, apart
+    from the list of departures at the top of a file, and each departure is defined once.
+    Fails if: a tag goes, is misspelled, or a departure is only listed.
+    """
+    tags = paper_map.tags()
+    assert {tag for tag, *_ in tags} <= set(paper_map.KNOWN)
+    cited = {tag for tag, *_, defines in tags if not defines}
+    assert cited >= {tag for tag in paper_map.KNOWN if tag[:3] in ("Eq.", "Alg") or tag[0] == "D"}
+    assert sorted(tag for tag, *_, defines in tags if defines) == sorted(f"D{n}" for n in range(1, 18))
+    paper_map.main(["Eq. 4", "D14"])
+    out = capsys.readouterr().out
+    assert re.search(r"^Eq\. 4 +searchr1\.py:\d+ +outcome_reward$", out, re.MULTILINE)
+    assert re.search(r"^D14 +models\.py:\d+ +Adapted$", out, re.MULTILINE)
+    assert "'Eq. 9' is none of" in refused(paper_map.main, ["Eq. 9"])
