@@ -368,8 +368,9 @@ def update(models, batch, step, config, rng):
     """Phase 6: one pass over the batch in config.minibatches optimiser steps -> metrics averaged over them.
     Micro-batches only bound memory. Each one's token mean is weighted by its share of the minibatch's tokens, so that
     the accumulated gradient is the gradient of the whole minibatch's token mean."""
-    if config.algo in FINE_TUNING and not batch.advantages_BT.any():
-        return {}  # nothing is right, so there is nothing to imitate
+    only_advantages = config.algo in FINE_TUNING or not (models.critic or config.kl_coef or config.entropy_coef)
+    if only_advantages and not batch.advantages_BT.any():
+        return {}  # nothing is right, so there is nothing to imitate; or nothing differs, and no KL or bonus acts
     policy_loss_of = fine_tuning_loss if config.algo in FINE_TUNING else reinforcement_loss
     train_policy = not models.critic or step > config.critic_warmup_steps  # a critic that knows nothing would add noise
     learners = models.learners() if train_policy else models.learners()[1:]

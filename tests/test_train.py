@@ -259,14 +259,19 @@ def test_with_one_update_a_step_old_logprobs_need_no_pass_of_their_own(tokenizer
 
 @pytest.mark.paper
 def test_groups_without_any_difference_in_reward_are_left_out(tokenizer, model):
-    """Claim: [D10] a group of equal rewards is not trained on; if all groups are equal, all rows stay with advantage 0.
-    Fails if: outcome_advantages() returns the batch as it is, or an empty one.
+    """Claim: [D10] a group of equal rewards is not trained on; if all groups are equal, all rows stay with advantage 0:
+    then only the KL acts, and without it there is no update at all.
+    Fails if: outcome_advantages() returns the batch as it is, or an empty one; or update() goes on without a KL.
     """
     batch, _ = a_batch(tokenizer, model)
     config = train.Config(group_size=4)
     for value in (0.0, 1.0):
         same = train.outcome_advantages(batch, torch.full((8,), value), config)
         assert len(same.ids_BL) == 8 and (same.advantages_BT == 0).all()
+    for kl_coef in (0.1, 0.0):
+        changed = train.Config(group_size=4, kl_coef=kl_coef)
+        networks = make_models(copy.deepcopy(model), changed)
+        assert bool(train.update(networks, same, 1, changed, random.Random(0))) == bool(kl_coef)
     kept = train.outcome_advantages(batch, torch.tensor([0.0] * 4 + [1.0, 0, 0, 0]), config)
     assert kept.ids_BL.shape[0] == 4 and kept.lengths_B.tolist() == batch.lengths_B[4:].tolist()
 
