@@ -250,15 +250,22 @@ class BaseConfig:
     lr: float = 2e-3
     top_k: int = 3  # passages a search: a base model cannot read blocks of a length that it has never seen
     context_weight: float = 0.02  # loss weight of prompts and passages: random names cannot be predicted
-    version: int = 3  # raised when this file changes what the base model sees
+    version: int = 4  # raised when this file changes what the base model sees
 
 def _batch(tokenizer, episodes, context_weight):
-    """Episodes -> ids_BL, weights_BL: 1 on what the policy wrote, context_weight on the rest, 0 on padding (right)."""
+    """Episodes -> ids_BL, positions_BL, weights_BL: 1 on what the policy wrote, context_weight on the rest, 0 on padding
+    (right) and where an episode begins. Short episodes share a row, which has half as much padding; positions start
+    again at 0 with each of them, by which transformers keeps its attention within the episode."""
     texts = [text for episode in episodes for text, _ in episode]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    rows = [[(i, 1.0 if own else context_weight) for _, own in episode for i in next(encoded)] for episode in episodes]
-    pad = lambda at: torch.nn.utils.rnn.pad_sequence([torch.tensor([pair[at] for pair in row]) for row in rows], True)
-    return pad(0), pad(1)
+    packed = []  # rows of (id, position, weight)
+    for tokens in sorted(([(i, own) for _, own in e for i in next(encoded)] for e in episodes), key=len, reverse=True):
+        room = next((row for row in packed if len(row) + len(tokens) <= len(packed[0])), None)
+        if room is None:
+            packed.append(room := [])
+        room += [(i, at, (1.0 if own else context_weight) * (at > 0)) for at, (i, own) in enumerate(tokens)]
+    pad = lambda rows: torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True)
+    return [pad([[token[k] for token in row] for row in packed]) for k in range(3)]
 
 def train_base_model(config):
     """BaseConfig -> (model, tokenizer). Next-token prediction on worlds that are drawn afresh every 40 steps. Phase 1
@@ -288,8 +295,9 @@ def train_base_model(config):
             batch = [reading_episode(world, facts, rng.randint(1, level), rng) for _ in range(config.batch_size)]
         else:
             batch = episodes[step % 40 * config.batch_size :][: config.batch_size]
-        ids_BL, weights_BL = _batch(tokenizer, batch, config.context_weight)
-        logits_BTV = model(input_ids=ids_BL).logits[:, :-1]
+        ids_BL, positions_BL, weights_BL = _batch(tokenizer, batch, config.context_weight)
+        # PITFALL: with a cache, positions that start again mean nothing: episodes would see each other.
+        logits_BTV = model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).logits[:, :-1]
         targets_BT, weights_BT = ids_BL[:, 1:], weights_BL[:, 1:]
         losses = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
         loss = (losses.view_as(weights_BT) * weights_BT).sum() / weights_BT.sum()

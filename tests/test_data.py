@@ -212,15 +212,30 @@ def test_reading_episodes_can_be_read(world):
 
 
 def test_only_what_the_policy_wrote_counts_in_full(tokenizer):
-    """Claim: a batch of episodes is their ids, right-padded; the loss weight is 1 on the policy's own tokens, the given
-    one on the others, 0 on padding.
-    Fails if: _batch gives the whole episode the weight of its first segment.
+    """Claim: a batch of episodes is their ids, several in a row where they fit; the loss weight is 1 on the policy's own
+    tokens, the given one on the others, 0 on padding and on the first token of an episode, which nothing predicts.
+    Fails if: _batch gives the whole episode the weight of its first segment, or predicts an episode from another one.
     """
-    a, b = [("<question> who", False), ("<answer> who </answer>", True)], [("not sure", True)]
-    ids, weights = data._batch(tokenizer, [a, b], 0.25)
+    a, b, c = [("<question> who", False), ("<answer> who </answer>", True)], [("not sure", True)], [("who is", False)]
+    ids, positions, weights = data._batch(tokenizer, [b, a, c], 0.25)
     words = tokenizer.convert_ids_to_tokens(ids.flatten().tolist())
-    assert words == ["<question>", "who", "<answer>", "who", "</answer>", "not", "sure", *["<eos>"] * 3]
-    assert weights.tolist() == [[0.25, 0.25, 1, 1, 1], [1, 1, 0, 0, 0]] and weights.dtype == torch.float32
+    assert words == ["<question>", "who", "<answer>", "who", "</answer>", "not", "sure", "who", "is", "<eos>"]
+    assert positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 1, 0]]
+    assert weights.tolist() == [[0, 0.25, 1, 1, 1], [0, 1, 0, 0.25, 0]] and weights.dtype == torch.float32
+
+
+def test_episodes_that_share_a_row_do_not_see_each_other(tokenizer, model):
+    """Claim: the hidden states of packed episodes are those of each episode alone.
+    Fails if: the positions of _batch run on over the whole row.
+    """
+    episodes = [[(text, True)] for text in ("who is the mayor of the city ?", "not sure", "now i know")]
+    ids, positions, _ = data._batch(tokenizer, episodes, 1.0)
+    assert ids.shape == (2, 8)
+    packed = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    for row, start, text in ((0, 0, episodes[0]), (1, 0, episodes[2]), (1, 3, episodes[1])):
+        alone = torch.tensor([tokenizer(text[0][0], add_special_tokens=False)["input_ids"]])
+        want = model.base_model(input_ids=alone).last_hidden_state[0]
+        torch.testing.assert_close(packed[row, start : start + len(want)], want, atol=1e-5, rtol=1e-4)
 
 
 def test_the_base_model_is_cached_whole_under_a_hash_of_its_configuration(tmp_path, monkeypatch):
