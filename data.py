@@ -486,6 +486,8 @@ def run_main(main):
         print(f"{Path(sys.argv[0]).name}: {'interrupted' if interrupted else error}", file=sys.stderr)
         sys.exit(130 if interrupted else 2)
 
+DTYPES = ("auto", "bf16", "fp32")  # --dtype
+
 def weights_dtype(wish, device):
     """--dtype and device -> torch dtype. "auto" is bf16 on a GPU that computes in it, else fp32: fp16, which a T4 has,
     has no room for small gradients, and scaling them is machinery that we do without."""

@@ -519,6 +519,7 @@ def parse(argv):
     add("--limit", type=int, default=0, help="a fixed sample of N questions of each set (default: all)")
     add("--top-k", type=int, default=0, help="passages a search (default: as trained)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    add("--dtype", choices=data.DTYPES, default="auto", help="of the weights, as in train.py (default: auto)")
     only("--ask", metavar="QUESTION", help="hold one conversation and watch it, instead")
     only("--chat", action="store_true", help="one conversation a question, until an empty line, exit or Ctrl-D")
     only("--json", metavar="FILE", help="keep metrics and a record a question; the same command goes on after a crash")
@@ -551,10 +552,11 @@ def main(argv=None):
     sets, files = question_sets(specs) if specs else ({}, [])
 
     def load():
-        """-> policy, tokenizer, search; where bf16 is the default in the checkpoint's own precision, else in fp32."""
+        """-> policy, tokenizer, search; where bf16 is the default, the policy has the checkpoint's own precision."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = data.weights_dtype("auto", device)
-        policy, tokenizer = load_checkpoint(args.checkpoint, device, "auto" if dtype == torch.bfloat16 else dtype)
+        dtype = data.weights_dtype(args.dtype, device)
+        own = args.dtype == "auto" and dtype == torch.bfloat16
+        policy, tokenizer = load_checkpoint(args.checkpoint, device, "auto" if own else dtype)
         _, search_engine, _ = task(about["world_seed"], about["corpus"], encoder=about["encoder"], others=files)
         return policy, tokenizer, search_engine.search
 

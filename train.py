@@ -673,7 +673,7 @@ def load_tiny(config, device, format_steps):
 CHOICES = {
     "preset": tuple(dict.fromkeys(name.split("/")[0] for name in PRESETS)),
     "algo": ("ppo", "grpo", "reinforce", *FINE_TUNING), "kl_in": ("reward", "loss"), "kl": ("k3", "exact"),
-    "reward": tuple(REWARDS), "prompt": tuple(PROMPTS), "dtype": ("auto", "bf16", "fp32"),
+    "reward": tuple(REWARDS), "prompt": tuple(PROMPTS), "dtype": data.DTYPES,
     "invalid_message": tuple(INVALID_MESSAGES),
 }  # fmt: skip
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "

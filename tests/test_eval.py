@@ -920,6 +920,19 @@ def test_words_are_spaced_as_they_are_printed(tokenizer, model, engine, monkeypa
     assert ANSI.sub("", "".join(terminal)).rsplit("\n", 2)[0] == searchr1.transcript(r, tokenizer)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there bf16 may be the default")
+def test_a_policy_has_the_precision_that_was_asked_for(checkpoint, monkeypatch):
+    """Claim: by default a policy on a CPU is fp32, whatever its checkpoint is; --dtype bf16 makes it bf16.
+    Fails if: main leaves args.dtype out.
+    """
+    data.load_checkpoint("ck", "cpu", torch.bfloat16)[0].save_pretrained("ck")
+    seen = []
+    monkeypatch.setattr(evaluation, "ask", lambda policy, *_: seen.append(policy.dtype))
+    for flags in ([], ["--dtype", "bf16"], ["--dtype", "fp32"]):
+        evaluation.main(["--checkpoint", "ck", "--ask", "who?", *flags])
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+
+
 def test_a_question_is_asked_on_the_command_line(checkpoint, capsys):
     """Claim: --ask prints one conversation about the question, over the checkpoint's own world, and what came of it.
     Fails if: main does not return after ask().
