@@ -539,33 +539,38 @@ class Server(ThreadingHTTPServer):
         print(f"request from {address[0]}: {sys.exc_info()[1]!r}", file=sys.stderr)  # one line, no traceback
 
 class HttpEngine(SearchEngine):
-    """R at an address: any server that answers POST /retrieve as the official one does. Only search() is inherited."""
+    """R at an address: any server that answers POST /retrieve as the official one does. Of several addresses, joined by
+    commas, the next one is asked when one fails. Only search() is inherited. patience, timeout, wait: seconds."""
 
-    def __init__(self, url, timeout=30, attempts=6, wait=0.5):
-        self.url, self.timeout, self.attempts, self.wait = url, timeout, attempts, wait
+    def __init__(self, urls, patience=300, timeout=30, wait=0.5):
+        self.urls, self.patience, self.timeout, self.wait = urls.split(","), patience, timeout, wait
 
     def search_scores(self, queries, top_k):
         """Pairs (Passage, score), nan where the server gives no score. Refused connections, timeouts, 5xx and cut
-        answers are retried after 0.5, 1, 2, ... s. SearchFailed after the last attempt, or at once for a 4xx."""
+        answers are retried after 0.5, 1, 2, ... s. SearchFailed when patience is at its end, or at once for a 4xx."""
         asked = [q for q in dict.fromkeys(queries) if q.strip()]
         if not asked:
             return [[] for _ in queries]
         body = json.dumps({"queries": asked, "topk": top_k, "return_scores": True}).encode()
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        for pause in [0.0] + [self.wait * 2**i for i in range(self.attempts - 1)]:
-            time.sleep(pause)
+        end, pause = time.monotonic() + self.patience, self.wait
+        while True:
+            url = self.urls[0]
             try:
+                request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
                     answer = json.load(response)
                 break
             except urllib.error.HTTPError as error:
                 trouble = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
                 if error.code < 500:
-                    raise SearchFailed(f"{self.url} refuses the request: {trouble}") from None
+                    raise SearchFailed(f"{url} refuses the request: {trouble}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:  # refused, timed out; cut off; no JSON
                 trouble = f"{type(error).__name__} {error}"
-        else:
-            raise SearchFailed(f"{self.url} did not answer in {self.attempts} attempts: {trouble}")
+            if time.monotonic() + pause > end:
+                raise SearchFailed(f"{url} did not answer for {self.patience} seconds: {trouble}")
+            tqdm.write(f"waiting {pause:.3g} s for the search engine; {url}: {trouble[:100]}")
+            time.sleep(pause)
+            pause = min(2 * pause, 30)
         try:
             found = {}
             for q, items in zip(asked, answer["result"], strict=True):
@@ -573,7 +578,7 @@ class HttpEngine(SearchEngine):
                 passages = [Passage(str(d.get("id", "")), *split_contents(d["contents"])) for d in documents]
                 found[q] = list(zip(passages, [float(item.get("score", "nan")) for item in items]))
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise SearchFailed(f"{self.url}: not a list of {len(asked)} lists: {str(answer)[:100]}") from None
+            raise SearchFailed(f"{url}: not a list of {len(asked)} lists: {str(answer)[:100]}") from None
         return [list(found.get(q, [])) for q in queries]
 
 def engine_from(where, device=None):

@@ -69,6 +69,7 @@ class Config:
     eval_data: str = flag("", "held out; empty: the sets' evaluation splits, or of a file the last tenth, at most 100")
     corpus: str = flag("", "passage file (JSON lines: id, contents), index DIR, contexts, wiki18, bm25:..., http://...")
     encoder: str = flag("hashed", "indexes contexts and wiki18: hashed, or an encoder (the paper: intfloat/e5-base-v2)")
+    search_patience: int = flag(300, "seconds that a server may be silent before the run saves itself and ends")
     output_dir: str = flag("", "folder of the run; empty: outputs/run-<next number>")
     resume: str = flag("", "folder of a run to continue")
     device: str = flag("auto", "auto (cuda, else cpu), cpu, cuda or mps")
@@ -622,6 +623,7 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     eval_data = config.eval_data or ("" if Path(config.train_data).is_file() else config.train_data)
     others = data.question_files(eval_data, "eval") if eval_data else []
     questions, engine, _ = data.task(0, config.corpus, config.train_data, "train", config.encoder, others, device)
+    engine.patience = config.search_patience  # of a server
     held_out = data.load_data(eval_data, "eval") if eval_data else []
     if not held_out:
         count = min(100, max(1, len(questions) // 10))
@@ -678,11 +680,12 @@ CHOICES = {
 }  # fmt: skip
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
             "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
-NOT_NEGATIVE = ("max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank lora_layers slots "
-                "weight_decay").split()  # fmt: skip
+NOT_NEGATIVE = ("search_patience max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank "
+                "lora_layers slots weight_decay").split()  # fmt: skip
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
 RESUME_MAY_CHANGE = {
     "steps", "save_every", "slots", "micro_batch_tokens", "gradient_checkpointing", "no_cuda_graphs", "wandb",
+    "search_patience",
 }  # fmt: skip
 
 def parse_flags(argv):

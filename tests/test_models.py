@@ -367,9 +367,11 @@ def test_the_paper_preset_is_the_official_script():
 # What the run without flags has, and what five presets have instead.
 TINY = {
     "preset": "tiny", "algo": "grpo", "seed": 0, "world_seed": 0, "model": "", "train_data": "", "eval_data": "",
-    "corpus": "", "encoder": "hashed", "output_dir": "none", "resume": "", "device": "auto", "dtype": "auto",
+    "corpus": "", "encoder": "hashed", "search_patience": 300, "output_dir": "none", "resume": "", "device": "auto",
+    "dtype": "auto",
     "lora_rank": 0, "lora_layers": 0, "lora_alpha": 32.0, "gradient_checkpointing": False, "slots": 0,
-    "no_cuda_graphs": False, "steps": 100, "batch_size": 48, "group_size": 5, "minibatches": 4, "micro_batch_tokens": 4096, "lr": 5e-4, "critic_lr": 1e-3, "warmup_steps": 5,
+    "no_cuda_graphs": False, "steps": 100, "batch_size": 48, "group_size": 5, "minibatches": 4,
+    "micro_batch_tokens": 4096, "lr": 5e-4, "critic_lr": 1e-3, "warmup_steps": 5,
     "critic_lr_warmup_steps": 5, "critic_warmup_steps": 3, "lr_decay": True, "adam_beta2": 0.95, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "clip_eps": 0.2, "value_clip": 0.5, "gamma": 1.0, "lam": 1.0, "kl_coef": 0.001,
     "kl_in": "loss", "kl": "k3", "entropy_coef": 0.0, "reward": "em", "temperature": 1.0, "max_turns": 3,

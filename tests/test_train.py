@@ -992,7 +992,7 @@ def test_the_cold_start_shows_the_form_and_no_answer(real_shape, monkeypatch):
 
 def test_easy_questions_come_first(here):
     """Claim: --easy-first orders the first epoch by hops, then by the place of the first passage with a gold answer when
-    the question itself is the query; the second epoch is shuffled.
+    the question itself is the query; the second epoch is shuffled. The engine has the patience that was asked for.
     Fails if: draw() sorts every epoch or forgets the hops, or first_ranks counts a passage without a gold answer.
     """
     passages = [(f"Hill {i}", f"hill {i} of the fog is {word}") for i, word in enumerate(("red", "blue", "green"))]
@@ -1008,7 +1008,8 @@ def test_easy_questions_come_first(here):
     random_model(data.make_tokenizer()).save_pretrained("model")
     data.make_tokenizer().save_pretrained("model")
     files = "--model model --train-data q.jsonl --eval-data q.jsonl --corpus bm25:p.jsonl --batch-size 4".split()
-    _, task = train.load_run(train.parse_config(files + ["--easy-first"]))
+    _, task = train.load_run(train.parse_config(files + ["--easy-first", "--search-patience", "7"]))
+    assert task.search.__self__.patience == 7
     assert [q.id for q in task.draw(1)] == ["3", "0", "2", "1"]
     assert any([q.id for q in task.draw(step)] != ["3", "0", "2", "1"] for step in range(2, 12))
     assert all(sorted(q.id for q in task.draw(step)) == ["0", "1", "2", "3"] for step in range(1, 12))
