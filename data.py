@@ -253,8 +253,8 @@ class BaseConfig:
     version: int = 4  # raised when this file changes what the base model sees
 
 def _batch(tokenizer, episodes, context_weight):
-    """Episodes -> ids_BL, positions_BL, weights_BL: 1 on what the policy wrote, context_weight on the rest, 0 on padding
-    (right) and where an episode begins. Short episodes share a row, which has half as much padding; positions start
+    """Episodes -> ids_BL, positions_BL, weights_BL: 1 on what the policy wrote, context_weight on the rest, 0 on
+    padding (right) and where an episode begins. Short episodes share a row, which has half as much padding; positions start
     again at 0 with each of them, by which transformers keeps its attention within the episode."""
     texts = [text for episode in episodes for text, _ in episode]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])

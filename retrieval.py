@@ -570,7 +570,7 @@ class HttpEngine(SearchEngine):
                 raise SearchFailed(f"{url} did not answer for {self.patience} seconds: {trouble}")
             tqdm.write(f"waiting {pause:.3g} s for the search engine; {url}: {trouble[:100]}")
             time.sleep(pause)
-            pause = min(2 * pause, 30)
+            self.urls, pause = self.urls[1:] + [url], min(2 * pause, 30)
         try:
             found = {}
             for q, items in zip(asked, answer["result"], strict=True):

@@ -212,8 +212,8 @@ def test_reading_episodes_can_be_read(world):
 
 
 def test_only_what_the_policy_wrote_counts_in_full(tokenizer):
-    """Claim: a batch of episodes is their ids, several in a row where they fit; the loss weight is 1 on the policy's own
-    tokens, the given one on the others, 0 on padding and on the first token of an episode, which nothing predicts.
+    """Claim: a batch of episodes is their ids, several in a row where they fit; the loss weight is 1 on the policy's
+    own tokens, the given one on the others, 0 on padding and on the first token of an episode, which nothing predicts.
     Fails if: _batch gives the whole episode the weight of its first segment, or predicts an episode from another one.
     """
     a, b, c = [("<question> who", False), ("<answer> who </answer>", True)], [("not sure", True)], [("who is", False)]

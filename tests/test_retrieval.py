@@ -752,7 +752,7 @@ def test_the_client_retries_a_broken_server_and_then_says_so(server, monkeypatch
     monkeypatch.setattr(server.engine, "search_scores", flaky)
     assert HttpEngine(server.url, wait=0.01).search(["name1"], 3) == want[:1]
     assert f"waiting 0.02 s for the search engine; {server.url}: HTTP 500" in capsys.readouterr().out
-    assert HttpEngine(f"http://127.0.0.1:9/retrieve,{server.url}", wait=0.01).search(["name1"], 3) == want[:1]
+    assert HttpEngine(f"http://127.0.0.1:9/retrieve,{server.url}", 1, wait=0.01).search(["name1"], 3) == want[:1]
     monkeypatch.setattr(server.engine, "search_scores", lambda *_: 1 / 0)
     with pytest.raises(SearchFailed, match=f"{server.url} did not answer for 0.05 seconds: HTTP 500"):
         HttpEngine(server.url, patience=0.05, wait=0.01).search(["name1"], 3)

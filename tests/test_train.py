@@ -991,8 +991,8 @@ def test_the_cold_start_shows_the_form_and_no_answer(real_shape, monkeypatch):
 
 
 def test_easy_questions_come_first(here):
-    """Claim: --easy-first orders the first epoch by hops, then by the place of the first passage with a gold answer when
-    the question itself is the query; the second epoch is shuffled. The engine has the patience that was asked for.
+    """Claim: --easy-first orders the first epoch by hops, then by the place of the first passage with a gold answer
+    when the question itself is the query; the second epoch is shuffled. The engine has the patience that was asked for.
     Fails if: draw() sorts every epoch or forgets the hops, or first_ranks counts a passage without a gold answer.
     """
     passages = [(f"Hill {i}", f"hill {i} of the fog is {word}") for i, word in enumerate(("red", "blue", "green"))]
