@@ -3,6 +3,7 @@
     python -m course.studies mask [--seeds N]     runs of one study: figures/mask.png, mask.csv, and where they end
     python -m course.studies table [--quick]      nine methods side by side: figures/table.csv
     python -m course.studies kl                   three estimators of the KL and the exact one: figures/kl.png, kl.csv
+    python -m course.studies seeds --jobs 2       sixty runs, and how many reach the bar: figures/seeds.png, seeds.csv
 
 Flags of train.py may follow; they go to every run. Runs lie in outputs/studies, in folders named after what sets them
 apart. A finished run is taken as it is, half a one is continued. So a study that was stopped goes on, and studies share
@@ -14,9 +15,11 @@ import copy
 import csv
 import dataclasses
 import io
+import multiprocessing
 import random
 import shutil
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -263,16 +266,75 @@ def kl_study(seeds, given):
     print(f"\nwrote figures/kl.png and .csv; {how}; mean of {seeds} seeds (lowest to highest)")
 
 
-# ----- 5. The command line -----
+# ----- 5. Does it depend on luck? -----
+
+BAR = {"eval/em_1hop": 0.95, "eval/em_2hop": 0.90, "eval/sampled_em_1hop": 0.80, "eval/sampled_em_2hop": 0.70}
+ALGOS = ("grpo", "ppo", "reinforce")
+NUMBERS = {"seed": range(10), "world_seed": range(1, 11)}  # fixed before anything was tuned; tune on others
+
+
+def luck(jobs, given):
+    """Each algorithm at ten seeds and, apart, in ten worlds, `jobs` runs side by side with a thread each. Points of the
+    ends in figures/seeds.csv, curves in figures/seeds.png, and the share of runs that reach BAR in full."""
+    asked = [{"algo": algo, kind: n} for algo in ALGOS for kind, numbers in NUMBERS.items() for n in numbers]
+    own = [{"seed": 0} | ({} if a["algo"] == "grpo" else {"algo": a["algo"]}) for a in asked]  # a run has one name
+    givens = [g | {key: a[key] for key in NUMBERS if key in a} | given for g, a in zip(own, asked)]
+    if jobs == 1:
+        checkpoints = [finished_run(g) for g in givens]
+    else:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            checkpoints = list(pool.map(finished_run, givens))
+    runs = [read_runs([c.parent])[c.parent.name] for c in checkpoints]
+    reached = [all(records[-1][name] >= bar for name, bar in BAR.items()) for records in runs]
+    Path("figures").mkdir(exist_ok=True)
+    with open("figures/seeds.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        names = [*BAR, "eval/searches_1hop", "eval/searches_2hop"]
+        writer.writerow(["algo", "what", "number", *(name.removeprefix("eval/") for name in names), "reached"])
+        for a, records, fine in zip(asked, runs, reached):
+            what = next(kind for kind in NUMBERS if kind in a)
+            writer.writerow([a["algo"], what, a[what], *(f"{records[-1][name]:.4f}" for name in names), int(fine)])
+    draw_runs(asked, runs)
+    for algo in ALGOS:
+        for kind in NUMBERS:
+            of = [fine for a, fine in zip(asked, reached) if a["algo"] == algo and kind in a]
+            print(f"{algo:10} {kind:10} {sum(of)} of {len(of)} reach the bar")
+    print(f"{sum(reached)} of {len(runs)} runs reach {BAR}; wrote figures/seeds.png and .csv")
+
+
+def draw_runs(asked, runs):
+    """Held-out EM over the steps: a column an algorithm, a row a number of hops, a thin line a run, a thick one their
+    mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    panels = figure.subplots(2, len(ALGOS), sharex="col", sharey=True)
+    for row, name in enumerate(("eval/em_1hop", "eval/em_2hop")):
+        for column, algo in enumerate(ALGOS):
+            axis = panels[row][column]
+            of = [records for a, records in zip(asked, runs) if a["algo"] == algo]
+            lines = [{r["step"]: r[name] for r in records if name in r} for records in of]
+            steps = sorted(set.intersection(*map(set, lines)))
+            for line in lines:
+                axis.plot(steps, [line[step] for step in steps], color="C0", alpha=0.3, linewidth=0.8)
+            axis.plot(steps, [statistics.mean(line[step] for line in lines) for step in steps], color="C3", linewidth=2)
+            axis.axhline(BAR[name], color="gray", linestyle=":")
+            axis.set(title=f"{algo}, {row + 1} hop{'s' * row}, {len(of)} runs", xlabel="training step", ylim=(0, 1))
+            axis.grid(alpha=0.3)
+    figure.savefig("figures/seeds.png", dpi=110)
+
+
+# ----- 6. The command line -----
 
 
 def main(argv=None):
     about = "Make many runs on the tiny world and compare them. Flags of train.py may follow; they go to every run."
     parser = data.Parser(allow_abbrev=False, description=about)
-    names = ("table", *STUDIES, "kl")
+    names = ("table", *STUDIES, "kl", "seeds")
     parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
     parser.add_argument("--quick", action="store_true", help="of table: one seed, fewer steps and questions")
     parser.add_argument("--seeds", type=int, help="seeds of each run (default: 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="of seeds: runs side by side (default: 1)")
     args, rest = parser.parse_known_args(argv)
     given = train.parse_flags(rest)
     seeds = args.seeds if args.seeds is not None else 1 if args.quick else 3
@@ -287,6 +349,8 @@ def main(argv=None):
         table(seeds, args.quick, given)
     elif args.name == "kl":
         kl_study(seeds, given)
+    elif args.name == "seeds":
+        luck(args.jobs, given)
     else:
         study(args.name, seeds, given)
 

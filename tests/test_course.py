@@ -95,7 +95,7 @@ def runs(tmp_path, monkeypatch):
         (checkpoint / "trainer_state.pt").touch()
         (checkpoint.parent / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
         end = {"eval/em_1hop": 0.5 + config.seed / 4, "eval/em_2hop": 0.25}
-        end |= {"eval/searches_1hop": config.max_turns, "eval/searches_2hop": 2.0}
+        end |= {"eval/searches_1hop": config.max_turns, "eval/searches_2hop": 2.0, "eval/sampled_em_1hop": 0.8}
         lines = [{"step": 0, "reward/mean": 0.5}, {"step": config.steps} | end]
         (checkpoint.parent / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -138,6 +138,26 @@ def test_a_run_is_made_once_and_half_a_run_is_continued_as_it_was_loaded(runs):
     assert again == [("random", random_engine.name), ("empty", "")]
     studies.main("base-instruct --seeds 1".split())
     assert [loading["format_steps"] for _, loading in runs[8:]] == [80, 160]
+
+
+def test_the_study_of_luck_makes_sixty_runs_and_counts_those_that_reach_the_bar(runs, monkeypatch, capsys):
+    """Claim: three algorithms, ten seeds and ten worlds each, every run once; a run reaches the bar if it does so in all
+    of its metrics. A run that another study has made is taken as it is.
+    Fails if: `all` is `any`, worlds are made with a seed of their own, or seed 0 is left out.
+    """
+    monkeypatch.setattr(studies, "BAR", {"eval/em_1hop": 0.95, "eval/em_2hop": 0.2, "eval/sampled_em_1hop": 0.8})
+    studies.main("turns --seeds 1".split())
+    studies.main(["seeds"])
+    made = [(c.algo, c.seed, c.world_seed) for c, _ in runs]
+    worlds = [(algo, 0, n) for algo in ("grpo", "ppo", "reinforce") for n in range(1, 11)]
+    seeds = [(algo, n, 0) for algo in ("grpo", "ppo", "reinforce") for n in range(10)]
+    assert len(made) == 3 + 59 and set(made) == {*seeds, *worlds}
+    out = capsys.readouterr().out  # the made-up runs end at 0.5 + seed / 4
+    assert re.search(r"ppo +seed +8 of 10 ", out) and re.search(r"ppo +world_seed +0 of 10 ", out)
+    assert "24 of 60 runs reach" in out and Path("figures/seeds.png").stat().st_size > 10_000
+    rows = Path("figures/seeds.csv").read_text().splitlines()
+    assert rows[0] == "algo,what,number,em_1hop,em_2hop,sampled_em_1hop,searches_1hop,searches_2hop,reached"
+    assert len(rows) == 61 and "ppo,seed,2,1.0000,0.2500,0.8000,3.0000,2.0000,1" in rows
 
 
 def test_the_table_has_every_method_of_the_paper(tiny, monkeypatch, capsys):
