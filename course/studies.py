@@ -277,8 +277,8 @@ def luck(jobs, given):
     """Each algorithm at ten seeds and, apart, in ten worlds, `jobs` runs side by side with a thread each. Points of the
     ends in figures/seeds.csv, curves in figures/seeds.png, and the share of runs that reach BAR in full."""
     asked = [{"algo": algo, kind: n} for algo in ALGOS for kind, numbers in NUMBERS.items() for n in numbers]
-    own = [{"seed": 0} | ({} if a["algo"] == "grpo" else {"algo": a["algo"]}) for a in asked]  # a run has one name
-    givens = [g | {key: a[key] for key in NUMBERS if key in a} | given for g, a in zip(own, asked)]
+    # GRPO is the default: the same run has the same name in every study.
+    givens = [{key: value for key, value in a.items() if value != "grpo"} | given for a in asked]
     if jobs == 1:
         checkpoints = [finished_run(g) for g in givens]
     else:

@@ -143,7 +143,7 @@ def test_a_run_is_made_once_and_half_a_run_is_continued_as_it_was_loaded(runs):
 def test_the_study_of_luck_makes_sixty_runs_and_counts_those_that_reach_the_bar(runs, monkeypatch, capsys):
     """Claim: three algorithms, ten seeds and ten worlds each, every run once; a run reaches the bar if it does so in all
     of its metrics. A run that another study has made is taken as it is.
-    Fails if: `all` is `any`, worlds are made with a seed of their own, or seed 0 is left out.
+    Fails if: `all` is `any`, GRPO is given as a flag (a folder of its own), or seed 0 is left out.
     """
     monkeypatch.setattr(studies, "BAR", {"eval/em_1hop": 0.95, "eval/em_2hop": 0.2, "eval/sampled_em_1hop": 0.8})
     studies.main("turns --seeds 1".split())
