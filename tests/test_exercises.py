@@ -10,7 +10,7 @@ import pytest
 import data
 import train
 from conftest import random_model
-from course import assignment, exercises, grade, mutants, paper_map
+from course import assignment, exercises, grade, mutants, paper_map, transfer
 from course.assignment import ROOT, emptied, find
 
 SOURCE = '''
@@ -233,3 +233,32 @@ def test_every_equation_line_and_departure_is_cited_where_it_happens(capsys):
     assert re.search(r"^Eq\. 4 +searchr1\.py:\d+ +outcome_reward$", out, re.MULTILINE)
     assert re.search(r"^D14 +models\.py:\d+ +Adapted$", out, re.MULTILINE)
     assert "'Eq. 9' is none of" in refused(paper_map.main, ["Eq. 9"])
+
+
+# ----- What was learned -----
+
+
+def test_questions_far_from_training_have_the_right_answers(tokenizer, world, capsys, tmp_path, monkeypatch):
+    """Claim: reworded questions are training facts in other words; a three-hop answer is where three facts lead, and no
+    entity of the question; the table has five rows, the last without columns for two hops.
+    Fails if: reworded keeps a training question's text, or three_hops looks the third fact up under another entity.
+    """
+    trained = {q.path: q for q in world.train}
+    other = transfer.reworded(world)
+    assert len(other) > 1000
+    assert all(trained[q.path].gold_answers == q.gold_answers and trained[q.path].text != q.text for q in other)
+    chains = transfer.three_hops(world)
+    assert len(chains) > 1000
+    for q in chains:
+        entity = q.path[0]
+        for relation in q.path[1:]:
+            entity = world.facts[relation, entity]
+        assert (entity,) == q.gold_answers and q.hops == 3 and entity not in q.text.split()
+    monkeypatch.chdir(tmp_path)
+    random_model(tokenizer).save_pretrained("ck"), tokenizer.save_pretrained("ck")
+    transfer.main(["ck", "--limit", "4"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("  ")[0] for row in rows[1:6]] == [
+        "training questions", "reworded", "held out", "another world", "three hops"
+    ]  # fmt: skip
+    assert len(rows[5].split()) == 5 and len(rows[4].split()) == 7
