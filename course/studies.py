@@ -21,6 +21,7 @@ import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tqdm import tqdm
@@ -36,12 +37,37 @@ from searchr1 import collate, head_inputs, kl_k1, kl_k2, kl_k3, rollout, token_l
 # ----- 1. A run -----
 
 # What a study changes and no flag of train.py does, with the values of all other runs.
-LOADING = {"retriever": "exact", "format_steps": data.BaseConfig.policy_steps}
+LOADING = {"retriever": "exact", "format_steps": data.BaseConfig.policy_steps, "broken": ""}
+
+
+def failing(passages):
+    """Half of the queries, always the same ones, find nothing, and nobody is told."""
+    search = data.build_index(passages).search
+    lost = lambda query: random.Random(query).random() < 0.5
+    return lambda queries, top_k: [[] if lost(q) else found for q, found in zip(queries, search(queries, top_k))]
+
+
 ENGINES = {  # passages -> search(queries, top_k)
     "lexical": lambda passages: SearchEngine(passages, BM25(passages)).search,
     # Drawn by lot; the same query finds the same passages, as with any engine.
     "random": lambda passages: lambda queries, top_k: [random.Random(q).sample(passages, top_k) for q in queries],
     "empty": lambda passages: lambda queries, top_k: [[] for _ in queries],
+    "failing": failing,
+}
+
+
+def late_mask(*how, **more):
+    """collate() with the mask one token late, as it is if it is not shifted together with the targets."""
+    batch = collate(*how, **more)
+    batch.mask_BT = batch.mask_BT.roll(1, 1)
+    return batch
+
+
+# What is broken while a run is made; see the study `failures`.
+BROKEN = {
+    "": contextlib.nullcontext,
+    "no-baseline": lambda: mock.patch.object(train, "group_advantages", lambda rewards_B, _: rewards_B.clone()),
+    "late-mask": lambda: mock.patch.object(train, "collate", late_mask),
 }
 
 
@@ -67,7 +93,7 @@ def finished_run(given):
             shutil.rmtree(folder, ignore_errors=True)
         config = train.parse_config({"resume": str(folder)} if half else flags | {"output_dir": str(folder)})
         print(f"{'continuing' if half else 'run'} {name}")
-        with quiet():  # the bar stays
+        with quiet(), BROKEN[given.get("broken", "")]():  # the bar stays
             train.train(config, *load(config, {key: given.get(key, LOADING[key]) for key in LOADING}))
     return checkpoint
 
@@ -99,10 +125,16 @@ STUDIES = {
     # Sec. 5: the response first gets shorter (filler goes), then longer (it searches), and the reward rises with it.
     "dynamics": {"PPO": {"algo": "ppo"}, "GRPO": {}},
     # A later re-examination: with a random engine the policy stops searching, with an empty one it searches more.
-    "retriever": {kind: {"retriever": kind} for kind in ("exact", *ENGINES)},
+    "retriever": {kind: {"retriever": kind} for kind in ("exact", "lexical", "random", "empty")},
     # The budget of Algorithm 1: what takes two searches cannot be answered with one.
     "turns": {f"B = {b}": {"max_turns": b} for b in (1, 2, 3)},
-}
+    # A gallery: what a broken run looks like, and which metric shows it first.
+    "failures": {
+        "as it is": {}, "mask off": {"no_mask": True}, "no KL, large rate": {"kl_coef": 0.0, "lr": 0.005},
+        "rate times ten": {"lr": 0.005}, "no baseline": {"broken": "no-baseline"},
+        "mask one token late": {"broken": "late-mask"}, "engine fails in silence": {"retriever": "failing"},
+    },
+}  # fmt: skip
 
 
 def study(name, seeds, given):

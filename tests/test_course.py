@@ -12,6 +12,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,29 @@ def test_a_run_is_loaded_with_the_engine_and_the_base_model_of_its_label(tiny, w
     assert [base.policy_steps for base in tiny] == [480] * 4 + [80, 160, 480]
 
 
+def test_what_the_gallery_breaks_is_whole_again_afterwards(tiny, runs, world, monkeypatch):
+    """Claim: the run "no baseline" has its rewards for advantages, "mask one token late" a shifted mask; half of the
+    queries of the failing engine find nothing, always the same ones; the run after it is whole.
+    Fails if: finished_run leaves out BROKEN, or failing draws anew at every call.
+    """
+    seen, fake = [], train.train
+    monkeypatch.setattr(train, "collate", lambda: SimpleNamespace(mask_BT=torch.tensor([[True, False]])))
+    monkeypatch.setattr(studies, "collate", train.collate)
+
+    def run(config, *loaded):
+        seen.append((train.group_advantages(torch.tensor([1.0, 0.0]), 2)[0].item(), train.collate().mask_BT.tolist()))
+        fake(config, *loaded)
+
+    monkeypatch.setattr(train, "train", run)
+    for given in ({"broken": "no-baseline"}, {"broken": "late-mask"}, {}):
+        studies.finished_run(given | {"seed": 0})
+    whole = seen[2][0]
+    assert 0.7 < whole < 0.71 and seen == [(1.0, [[True, False]]), (whole, [[False, True]]), (whole, [[True, False]])]
+    search, queries = studies.failing(world.passages), [f"{p.title} {i}" for i, p in enumerate(world.passages[:100])]
+    found = [search(queries, 1) for _ in range(2)]
+    assert found[0] == found[1] and 30 < found[0].count([]) < 70
+
+
 @pytest.fixture()
 def runs(tmp_path, monkeypatch):
     """An empty folder in which train.train only leaves behind what a run leaves -> list of the runs made, each with the
@@ -141,8 +165,8 @@ def test_a_run_is_made_once_and_half_a_run_is_continued_as_it_was_loaded(runs):
 
 
 def test_the_study_of_luck_makes_sixty_runs_and_counts_those_that_reach_the_bar(runs, monkeypatch, capsys):
-    """Claim: three algorithms, ten seeds and ten worlds each, every run once; a run reaches the bar if it does so in all
-    of its metrics. A run that another study has made is taken as it is.
+    """Claim: three algorithms, ten seeds and ten worlds each, every run once; a run reaches the bar if it does so in
+    all of its metrics. A run that another study has made is taken as it is.
     Fails if: `all` is `any`, GRPO is given as a flag (a folder of its own), or seed 0 is left out.
     """
     monkeypatch.setattr(studies, "BAR", {"eval/em_1hop": 0.95, "eval/em_2hop": 0.2, "eval/sampled_em_1hop": 0.8})
