@@ -14,6 +14,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import io
 import multiprocessing
 import random
@@ -32,12 +33,13 @@ from course.points import write_points
 from data import Mistake, fixed_sample, load_checkpoint
 from eval import evaluate, plot_runs, read_runs
 from retrieval import BM25, SearchEngine
-from searchr1 import collate, head_inputs, kl_k1, kl_k2, kl_k3, rollout, token_logprobs, token_mean
+from searchr1 import (collate, group_advantages, head_inputs, kl_k1, kl_k2, kl_k3, policy_loss, rollout, token_logprobs,
+    token_mean)  # fmt: skip
 
 # ----- 1. A run -----
 
 # What a study changes and no flag of train.py does, with the values of all other runs.
-LOADING = {"retriever": "exact", "format_steps": data.BaseConfig.policy_steps, "broken": ""}
+LOADING = {"retriever": "exact", "format_steps": data.BaseConfig.policy_steps, "patch": ""}
 
 
 def failing(passages):
@@ -63,11 +65,32 @@ def late_mask(*how, **more):
     return batch
 
 
-# What is broken while a run is made; see the study `failures`.
-BROKEN = {
+def leave_one_out(rewards_B, group_size):
+    """[RLOO, Ahmadian et al. 2024] The baseline of a rollout is the mean of the others of its group; no deviation."""
+    others = group_size / max(1, group_size - 1)  # r - (sum - r) / (G - 1) = (r - mean) G / (G - 1)
+    return group_advantages(rewards_B, group_size, normalize_std=False) * others
+
+
+def sequence_ratio(logprobs, old_logprobs, advantages, mask, *clip):
+    """[GSPO, Zheng et al. 2025] One ratio a rollout: the geometric mean of its tokens' ratios."""
+    change_BT = torch.where(mask, logprobs - old_logprobs, 0.0)
+    mean_B1 = change_BT.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+    return policy_loss(old_logprobs + mean_B1, old_logprobs, advantages, mask, *clip)
+
+
+def patch(**functions):
+    """Functions of train.py by name -> a context in which they are replaced."""
+    return lambda: mock.patch.multiple(train, **functions)
+
+
+# What a run is made with, if not with train.py as it is: variants of the loss, and mistakes.
+PATCHES = {
     "": contextlib.nullcontext,
-    "no-baseline": lambda: mock.patch.object(train, "group_advantages", lambda rewards_B, _: rewards_B.clone()),
-    "late-mask": lambda: mock.patch.object(train, "collate", late_mask),
+    "dr-grpo": patch(group_advantages=functools.partial(group_advantages, normalize_std=False)),  # [Liu et al. 2025]
+    "rloo": patch(group_advantages=leave_one_out),
+    "gspo": patch(policy_loss=sequence_ratio),
+    "no-baseline": patch(group_advantages=lambda rewards_B, group_size: rewards_B.clone()),
+    "late-mask": patch(collate=late_mask),
 }
 
 
@@ -93,7 +116,7 @@ def finished_run(given):
             shutil.rmtree(folder, ignore_errors=True)
         config = train.parse_config({"resume": str(folder)} if half else flags | {"output_dir": str(folder)})
         print(f"{'continuing' if half else 'run'} {name}")
-        with quiet(), BROKEN[given.get("broken", "")]():  # the bar stays
+        with quiet(), PATCHES[given.get("patch", "")]():  # the bar stays
             train.train(config, *load(config, {key: given.get(key, LOADING[key]) for key in LOADING}))
     return checkpoint
 
@@ -128,11 +151,16 @@ STUDIES = {
     "retriever": {kind: {"retriever": kind} for kind in ("exact", "lexical", "random", "empty")},
     # The budget of Algorithm 1: what takes two searches cannot be answered with one.
     "turns": {f"B = {b}": {"max_turns": b} for b in (1, 2, 3)},
+    # Later algorithms: what each changes about GRPO's advantage, ratio or batch. DAPO is two flags of train.py.
+    "variants": {
+        "GRPO": {}, "Dr. GRPO": {"patch": "dr-grpo"}, "RLOO": {"patch": "rloo"}, "GSPO": {"patch": "gspo"},
+        "DAPO": {"clip_high": 0.28, "redraws": 1},
+    },
     # A gallery: what a broken run looks like, and which metric shows it first.
     "failures": {
         "as it is": {}, "mask off": {"no_mask": True}, "no KL, large rate": {"kl_coef": 0.0, "lr": 0.005},
-        "rate times ten": {"lr": 0.005}, "no baseline": {"broken": "no-baseline"},
-        "mask one token late": {"broken": "late-mask"}, "engine fails in silence": {"retriever": "failing"},
+        "rate times ten": {"lr": 0.005}, "no baseline": {"patch": "no-baseline"},
+        "mask one token late": {"patch": "late-mask"}, "engine fails in silence": {"retriever": "failing"},
     },
 }  # fmt: skip
 

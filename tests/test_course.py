@@ -86,7 +86,7 @@ def test_a_run_is_loaded_with_the_engine_and_the_base_model_of_its_label(tiny, w
 def test_what_the_gallery_breaks_is_whole_again_afterwards(tiny, runs, world, monkeypatch):
     """Claim: the run "no baseline" has its rewards for advantages, "mask one token late" a shifted mask; half of the
     queries of the failing engine find nothing, always the same ones; the run after it is whole.
-    Fails if: finished_run leaves out BROKEN, or failing draws anew at every call.
+    Fails if: finished_run leaves out PATCHES, or failing draws anew at every call.
     """
     seen, fake = [], train.train
     monkeypatch.setattr(train, "collate", lambda: SimpleNamespace(mask_BT=torch.tensor([[True, False]])))
@@ -97,13 +97,28 @@ def test_what_the_gallery_breaks_is_whole_again_afterwards(tiny, runs, world, mo
         fake(config, *loaded)
 
     monkeypatch.setattr(train, "train", run)
-    for given in ({"broken": "no-baseline"}, {"broken": "late-mask"}, {}):
+    for given in ({"patch": "no-baseline"}, {"patch": "late-mask"}, {}):
         studies.finished_run(given | {"seed": 0})
     whole = seen[2][0]
     assert 0.7 < whole < 0.71 and seen == [(1.0, [[True, False]]), (whole, [[False, True]]), (whole, [[True, False]])]
     search, queries = studies.failing(world.passages), [f"{p.title} {i}" for i, p in enumerate(world.passages[:100])]
     found = [search(queries, 1) for _ in range(2)]
     assert found[0] == found[1] and 30 < found[0].count([]) < 70
+
+
+def test_variants_of_grpo_change_what_they_say():
+    """Claim: [RLOO] by hand, rewards 1 0 0 have the advantages 1, -1/2, -1/2; Dr. GRPO leaves 2/3, -1/3, -1/3. [GSPO]
+    each token of a rollout has the geometric mean of the rollout's ratios, masked tokens left out.
+    Fails if: leave_one_out forgets its factor, or sequence_ratio divides by T or lets a masked token in.
+    """
+    rewards = torch.tensor([1.0, 0.0, 0.0])
+    assert studies.leave_one_out(rewards, 3).tolist() == pytest.approx([1, -0.5, -0.5])
+    with studies.PATCHES["dr-grpo"]():
+        assert train.group_advantages(rewards, 3).tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+    ratios = torch.tensor([[1.1, 0.9, 7.0], [1.05, 1.0, 1.0]])
+    mask, advantages = torch.tensor([[True, True, False], [True, False, False]]), torch.ones(2, 3)
+    loss, clipped = studies.sequence_ratio(ratios.log(), torch.zeros(2, 3), advantages, mask, 0.2)
+    assert loss.item() == pytest.approx(-(2 * (1.1 * 0.9) ** 0.5 + 1.05) / 3) and clipped == 0
 
 
 @pytest.fixture()

@@ -556,13 +556,17 @@ def test_whitening_uses_masked_mean_and_unbiased_deviation():
 
 
 def test_group_advantages_ignore_shift_and_scale_and_equal_rewards_give_zero():
-    """Claim: [GRPO] (r - mean) / unbiased std within a group. By hand: 0 0 0 0 1 has mean .2 and std sqrt(.2).
-    Fails if: the std is biased (`correction=0`), groups are interleaved, or 1e-6 is dropped (NaN for equal rewards).
+    """Claim: [GRPO] (r - mean) / unbiased std within a group. By hand: 0 0 0 0 1 has mean .2 and std sqrt(.2). Equal
+    rewards give exactly 0, those that no binary number equals, too.
+    Fails if: the std is biased (`correction=0`), groups are interleaved, 1e-6 is dropped (NaN for equal rewards), or the
+    mean is taken in fp32 (`.double()` -> `.float()`).
     """
     r = torch.tensor([0.0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
     got = s.group_advantages(r, 5)
     torch.testing.assert_close(got[:5], torch.tensor([-0.2, -0.2, -0.2, -0.2, 0.8]) / math.sqrt(0.2), atol=1e-5, rtol=0)
     assert got[5:].tolist() == [0.0] * 5
+    for G in range(2, 33):
+        assert not s.group_advantages(torch.tensor([2 / 3, 0.1, 7 / 12, 5 / 6]).repeat_interleave(G), G).any()
     torch.testing.assert_close(s.group_advantages(3 * r + 7, 5), got, atol=1e-5, rtol=0)
     torch.testing.assert_close(s.group_advantages(r, 5, normalize_std=False)[4], torch.tensor(0.8))
     assert s.group_advantages(r, 1).tolist() == r.tolist()  # a group of one: the raw reward
