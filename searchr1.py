@@ -423,7 +423,7 @@ def group_advantages(rewards, group_size, normalize_std=True):
     the paper's Table 8 with group size 1. ValueError if B is no multiple of group_size."""
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
-    # PITFALL: in fp32 the mean of eight times 2/3 is not 2/3; over a deviation of almost 0 that is an advantage of 0.06.
+    # PITFALL: in fp32 the mean of eight times 2/3 is not 2/3: divided by a deviation of almost 0, an advantage of 0.06.
     rewards_QG = rewards.double().view(-1, group_size)
     if group_size == 1:
         return rewards.clone()

@@ -558,8 +558,8 @@ def test_whitening_uses_masked_mean_and_unbiased_deviation():
 def test_group_advantages_ignore_shift_and_scale_and_equal_rewards_give_zero():
     """Claim: [GRPO] (r - mean) / unbiased std within a group. By hand: 0 0 0 0 1 has mean .2 and std sqrt(.2). Equal
     rewards give exactly 0, those that no binary number equals, too.
-    Fails if: the std is biased (`correction=0`), groups are interleaved, 1e-6 is dropped (NaN for equal rewards), or the
-    mean is taken in fp32 (`.double()` -> `.float()`).
+    Fails if: the std is biased (`correction=0`), groups are interleaved, 1e-6 is dropped (NaN for equal rewards), or
+    the mean is taken in fp32 (`.double()` -> `.float()`).
     """
     r = torch.tensor([0.0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
     got = s.group_advantages(r, 5)
