@@ -77,8 +77,8 @@ EXERCISES = [
         ("searchr1.group_advantages",), 15, 4, "Eq. 3; DeepSeekMath, Sec. 4.1.2",
         (S + "test_group_advantages_ignore_shift_and_scale_and_equal_rewards_give_zero",),
         ("Members of a group stand in a row: a view of [Q, G] is all that is needed.",
-         "Unbiased deviation; equal rewards must give 0, not NaN. What is the deviation of a group of one?",
-         "(r - mean) / (std + 1e-6) along dimension 1, flattened again; a group of one keeps its reward."),
+         "Unbiased deviation; equal rewards must give exactly 0. What is the deviation of a group of one?",
+         "(r - mean) / (std + 1e-6) along dimension 1, in double precision; a group of one keeps its reward."),
     ),
     Exercise(
         ("searchr1.kl_k1", "searchr1.kl_k2", "searchr1.kl_k3"), 20, 5, "Eq. 1; Schulman 2020, Approximating KL",

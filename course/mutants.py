@@ -63,6 +63,11 @@ MUTANTS = [
         "the biased deviation: with groups of five all advantages are 12 % larger",
     ),
     Mutant(
+        "searchr1.py", "rewards.double().view(-1, group_size)", "rewards.float().view(-1, group_size)",
+        S + "test_group_advantages_ignore_shift_and_scale_and_equal_rewards_give_zero",
+        "eight equal rewards of 2/3 have an advantage of 0.06 by rounding: ours had it until a real model was trained",
+    ),
+    Mutant(
         "searchr1.py", "rewards_QG - rewards_QG.mean(1, keepdim=True)", "rewards_QG - rewards_QG.mean()",
         S + "test_group_advantages_ignore_shift_and_scale_and_equal_rewards_give_zero",
         "the batch's mean as the baseline: easy questions are always rewarded, hard ones always punished",
