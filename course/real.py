@@ -54,10 +54,10 @@ def rows_of(file):
 
 def main(argv=None):
     parser = Parser(description="Collect what real models score in one table.")
-    parser.add_argument("output", metavar="TABLE.csv", help="rows that it has for other models and methods stay")
+    parser.add_argument("output", metavar="TABLE.csv", help="rows for other models, methods and steps stay")
     parser.add_argument("files", nargs="+", metavar="FILE.json", help="files that eval.py --json wrote")
     args = parser.parse_args(argv)
-    known = lambda row: (row["model"], row["method"], str(row["hops"]))
+    known = lambda row: (row["model"], row["method"], *(str(row[name]) for name in ("hops", "steps")))
     old = csv.DictReader(Path(args.output).read_text().splitlines()) if Path(args.output).exists() else []
     table = {known(row): row for row in old} | {known(row): row for file in args.files for row in rows_of(file)}
     with written_whole(args.output) as file:
