@@ -120,7 +120,7 @@ MUTANTS = [
     ),
     Mutant(
         "searchr1.py", "for b in range(max_turns + 1):", "for b in range(max_turns):",
-        S + "test_a_conversation_runs_as_algorithm_1_says", "after its last search the policy cannot answer any more",
+        S + "test_the_last_turn_cannot_search", "after its last search the policy cannot answer any more",
     ),
     Mutant(
         "searchr1.py", "split_special_tokens=True", "split_special_tokens=False",
