@@ -2,7 +2,7 @@
 
     python -m course.mutants                                try them all: a test must turn red for each (minutes)
     python -m course.mutants --only 4,9                     these two
-    python -m course.mutants --bughunt OUT --seed ada       a project with three of them, without their tests
+    python -m course.mutants --bughunt OUT --seed ada       a project with three of them, and without tests
     python -m course.mutants --check OUT --seed ada         which of the three are mended, and what they were
 
 The bug hunt: read the code beside the paper, find three lines that do not do what the paper says, write for each a test
@@ -208,13 +208,14 @@ def planted(seed):
 
 
 def write_bughunt(out, seed):
-    """A folder that does not exist yet -> the project with three mistakes in it, without the tests that know them."""
+    """A folder that does not exist yet -> the project with three mistakes in it, and without tests: most mistakes turn
+    several of them red."""
     out = copy_project(out, ("mutants.py",))
     for bug in planted(seed):
-        script, tests = out / bug.file, out / "tests" / bug.test.partition("::")[0]
+        script = out / bug.file
         script.write_text(script.read_text().replace(bug.old, bug.new))
-        name = bug.test.partition("::")[2]
-        tests.write_text(tests.read_text().replace(f"def {name}(", f"def hidden_{name}("))
+    for test in (out / "tests").glob("test_*.py"):
+        test.unlink()
 
 
 def main(argv=None):
@@ -222,7 +223,7 @@ def main(argv=None):
     only = parser.add_mutually_exclusive_group().add_argument
     only("--only", default="", metavar="N,N", help="numbers of mutants to try (default: all)")
     only("--bughunt", metavar="OUT", help="write a project with three mistakes into a folder that does not exist yet")
-    only("--check", metavar="DIR", help="run the hidden tests on a student's project")
+    only("--check", metavar="DIR", help="run their tests on a student's project")
     parser.add_argument("--seed", default="", help="of the bug hunt: the student's name")
     parser.add_argument("--jobs", type=int, default=2, help="tests side by side (default: 2)")
     args = parser.parse_args(argv)
