@@ -164,8 +164,8 @@ def test_every_mutant_changes_a_line_that_exists_and_has_a_test():
 
 
 def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, monkeypatch, capsys):
-    """Claim: the three belong to three tests and depend on the seed; the folder has all three, but neither tests nor the
-    list of mutants. The check says which are mended.
+    """Claim: the three belong to three tests and depend on the seed; the folder has all three, but neither tests nor
+    the list of mutants. The check says which are mended.
     Fails if: planted draws from all mutants at once, or write_bughunt leaves a test in place.
     """
     monkeypatch.chdir(tmp_path)
