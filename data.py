@@ -105,6 +105,13 @@ def make_world(seed, parts=2):
     rng.shuffle(passages)
     return World(passages, facts, questions[0], questions[-1])
 
+def worded(subject, path, answer, rng):
+    """Subject, relations from the first hop on, answer -> the text of the question, in random wordings."""
+    phrase = "{x}"
+    for relation in reversed(path):  # "the mayor of {x}", "the mayor of the city where {x} lives"
+        phrase = phrase.format(x=rng.choice(RELATION[relation].nouns))
+    return rng.choice(OPENERS[KIND_OF[answer]]).format(np=phrase.format(x=subject))
+
 def _questions(facts, rng, part):
     """Every fact as a one-hop question and every chain of two facts as a two-hop question, in random wordings."""
     questions = []
@@ -113,10 +120,7 @@ def _questions(facts, rng, part):
         paths |= {(name, then): facts[then, object] for then in RELATION if RELATION[then].subject == KIND_OF[object]}
         for path, answer in paths.items():
             if answer != subject:  # a chain that leads back could be answered by copying from the question
-                phrase = "{x}"
-                for relation in reversed(path):  # "the mayor of {x}", "the mayor of the city where {x} lives"
-                    phrase = phrase.format(x=rng.choice(RELATION[relation].nouns))
-                text = rng.choice(OPENERS[KIND_OF[answer]]).format(np=phrase.format(x=subject))
+                text = worded(subject, path, answer, rng)
                 questions.append(Question(f"{part}-{len(questions)}", text, (answer,), len(path), (subject, *path)))
     return questions
 
@@ -254,8 +258,8 @@ class BaseConfig:
 
 def _batch(tokenizer, episodes, context_weight):
     """Episodes -> ids_BL, positions_BL, weights_BL: 1 on what the policy wrote, context_weight on the rest, 0 on
-    padding (right) and where an episode begins. Short episodes share a row, which has half as much padding; positions start
-    again at 0 with each of them, by which transformers keeps its attention within the episode."""
+    padding (right) and where an episode begins. Short episodes share a row, which leaves less padding. Positions start
+    again at 0 with each of them, and by that transformers keeps attention within the episode."""
     texts = [text for episode in episodes for text, _ in episode]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     packed = []  # rows of (id, position, weight)

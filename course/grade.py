@@ -80,7 +80,7 @@ def run_tests(folder, tests, seconds, others=()):
         cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
     verdicts = {}
     for test in tests:
-        file, _, name = test.partition("::")
+        name = test.partition("::")[2]
         own = [case for case in cases if case.get("name", "").partition("[")[0] == name]
         wrong = [bad.get("message", "").strip() for case in own for bad in (*case.iter("failure"), *case.iter("error"))]
         if not own:  # the file could not even be imported

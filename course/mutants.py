@@ -181,9 +181,9 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def mutated(mutant):
+def mutated(mutant, folder=ROOT):
     """The text of the mutant's file with its mistake in it. Mistake if `old` does not stand there exactly once."""
-    text = (ROOT / mutant.file).read_text()
+    text = (folder / mutant.file).read_text()
     if text.count(mutant.old) != 1:
         raise Mistake(f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}")
     return text.replace(mutant.old, mutant.new)
@@ -212,8 +212,7 @@ def write_bughunt(out, seed):
     several of them red."""
     out = copy_project(out, ("mutants.py",))
     for bug in planted(seed):
-        script = out / bug.file
-        script.write_text(script.read_text().replace(bug.old, bug.new))
+        (out / bug.file).write_text(mutated(bug, out))
     for test in (out / "tests").glob("test_*.py"):
         test.unlink()
 

@@ -9,11 +9,10 @@ Algorithm 1 and the lines of it (`l. 4`), and departures D1 to D17. Tags of othe
 
 import ast
 import re
-from pathlib import Path
 
+from course.assignment import ROOT
 from data import Mistake, Parser, run_main
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = ("searchr1.py", "train.py", "engine.py", "models.py", "kernels.py", "data.py", "eval.py", "retrieval.py")
 KNOWN = [f"Eq. {n}" for n in range(1, 5)] + ["Sec. 3.1", "Sec. 3.2", "Sec. 3.4", "Sec. 4"]
 KNOWN += [f"Table {n}" for n in (1, 2, 3, 4, 8)] + ["Algorithm 1"] + [f"Alg. 1 l. {n}" for n in range(1, 12)]

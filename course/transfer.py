@@ -37,12 +37,10 @@ def three_hops(world):
     for q in (q for q in world.test if q.hops == 2):
         kind = data.KIND_OF[q.gold_answers[0]]
         name = rng.choice([r.name for r in RELATION.values() if r.subject == kind])
-        answer, phrase = world.facts[name, q.gold_answers[0]], "{x}"
-        for relation in (name, *reversed(q.path[1:])):
-            phrase = phrase.format(x=rng.choice(RELATION[relation].nouns))
-        text = rng.choice(data.OPENERS[data.KIND_OF[answer]]).format(np=phrase.format(x=q.path[0]))
+        answer, path = world.facts[name, q.gold_answers[0]], (*q.path, name)
+        text = data.worded(path[0], path[1:], answer, rng)
         if answer not in q.path:
-            questions.append(Question(f"3-{q.id}", text, (answer,), 3, (*q.path, name)))
+            questions.append(Question(f"3-{q.id}", text, (answer,), 3, path))
     return questions
 
 
