@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 from engine import Mistake
-from retrieval import WORD, Passage, SearchFailed, build, build_index, engine_from, numbered_lines, written_whole
+from retrieval import (WORD, Passage, SearchFailed, build, build_index, engine_from, numbered_lines, whole_characters,
+    written_whole)  # fmt: skip
 from searchr1 import RETHINK, Question, Settings
 
 transformers_logging.disable_progress_bar()
@@ -388,14 +389,15 @@ def load_questions(path):
     for number, _, line in numbered_lines(path):
         try:
             record = json.loads(line)
-            text, gold = record["question"], record["golden_answers"]
+            text, gold = whole_characters(record["question"]), record["golden_answers"]
             if not (text.strip() and gold and isinstance(gold, list) and all(isinstance(a, str) for a in gold)):
                 raise ValueError("empty, or of another type")
             hops = int((record.get("metadata") or {}).get("hops", 0))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             needed = '"question" (a string) and "golden_answers" (a list of strings, at least one)'
             raise Mistake(f"{path} line {number}: a question needs {needed}; {error!r}") from None
-        questions.append(Question(str(record.get("id", number)), text, tuple(gold), hops))
+        id, gold = whole_characters(str(record.get("id", number))), tuple(map(whole_characters, gold))
+        questions.append(Question(id, text, gold, hops))
     if not questions:
         raise Mistake(f"{path}: no questions in this file")
     return questions

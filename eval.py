@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 import engine
 from data import Mistake, Parser, fixed_sample, load_checkpoint, load_settings, run_main, task
-from retrieval import Passage, written_whole
+from retrieval import Passage, whole_characters, written_whole
 from searchr1 import (HARMLESS, Rollout, Settings, begin, check_format, converse, f1_score, format_passages,
     make_prompt, normalize_answer, observation_ids, outcome_reward, paint, parts, policy_view, prompt_ids,
     retrieved_gold, transcript, turn_ended)  # fmt: skip
@@ -405,8 +405,12 @@ def read_runs(folders):
     for folder in map(Path, folders):
         if not (folder / "metrics.jsonl").exists():
             raise Mistake(f"{folder} is not the folder of a run: it has no metrics.jsonl")
-        runs[folder.name] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        runs[folder.name] = read_log(folder / "metrics.jsonl")
     return runs
+
+def read_log(file):
+    """The records of JSON lines, without half a line at the end: its process writes just now, or was killed."""
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 def curve(members, name):
     """Records of one or several runs -> list of (step, mean, lowest, highest) of a metric, at steps that all of them
@@ -471,7 +475,7 @@ def live(tokenizer, colour):
 
 def ask(policy, tokenizer, question, search, settings, temperature=0.0, generator=None, slots=None):
     """Hold a conversation about one question and print it while it is held, then how many searches it took."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colour, question = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), whole_characters(question)
     r = begin(question, prompt_ids(question, tokenizer, settings), settings)
     show, append = live(tokenizer, colour), r.append
 

@@ -258,6 +258,7 @@ class Models:
     optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer | None
     updates: int = 0  # optimiser steps of the update in progress, counted as they begin
+    broken: int = 0  # gradients in a row that were not finite
 
     def learners(self):
         """(role, network, its optimiser) of what is trained."""

@@ -96,19 +96,24 @@ def numbered_lines(path):
 
 # ----- 1. Passages -----
 
+def whole_characters(text):
+    """A str as json.loads may return it -> the same without lone surrogates. JSON can spell half of a character
+    ("\\ud800"); no tokenizer takes it, and it cannot be printed. Each half becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
 def split_contents(contents):
     """`"Title"\\ntext` -> (title, text). Only one pair of quotes is removed: a title may have quotes of its own."""
-    title, _, text = map(str.strip, contents.partition("\n"))
+    title, _, text = map(str.strip, whole_characters(contents).partition("\n"))
     quoted = len(title) > 1 and title[0] == title[-1] == '"'
     return title[1:-1] if quoted else title, text
 
 def parse_passage(line, where):
     """A line of a corpus (bytes) -> Passage. ValueError, beginning with `where`, if it is no passage."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no JSON; no key; no object; no string
+    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):  # no JSON, or another
         record = json.loads(line)
         title, text = split_contents(record["contents"])
         if text:
-            return Passage(str(record["id"]), title, text)
+            return Passage(whole_characters(str(record["id"])), title, text)
     raise ValueError(f'{where}: a passage needs "id" and "contents" (a title, a newline, text), here is {line[:80]!r}')
 
 class PassageFile(Sequence):
@@ -564,7 +569,8 @@ class HttpEngine(SearchEngine):
                 trouble = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
                 if error.code < 500:
                     raise SearchFailed(f"{url} refuses the request: {trouble}") from None
-            except (OSError, http.client.HTTPException, ValueError) as error:  # refused, timed out; cut off; no JSON
+            # Refused, timed out; cut off; no JSON, or JSON that is nested too deeply.
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 trouble = f"{type(error).__name__} {error}"
             if time.monotonic() + pause > end:
                 raise SearchFailed(f"{url} did not answer for {self.patience} seconds: {trouble}")
@@ -575,9 +581,10 @@ class HttpEngine(SearchEngine):
             found = {}
             for q, items in zip(asked, answer["result"], strict=True):
                 documents = [item.get("document", item) for item in items[:top_k]]  # without scores they stand alone
-                passages = [Passage(str(d.get("id", "")), *split_contents(d["contents"])) for d in documents]
+                ids = [whole_characters(str(d.get("id", ""))) for d in documents]
+                passages = [Passage(id, *split_contents(d["contents"])) for id, d in zip(ids, documents)]
                 found[q] = list(zip(passages, [float(item.get("score", "nan")) for item in items]))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise SearchFailed(f"{url}: not a list of {len(asked)} lists: {str(answer)[:100]}") from None
         return [list(found.get(q, [])) for q in queries]
 
@@ -613,7 +620,8 @@ def main(argv=None):
         print(f'built {args.output}; try: python retrieval.py query {args.output} "a question"')
     elif args.command == "query":
         for passage, score in engine_from(args.where).search_scores([args.question], args.top_k)[0]:
-            print(f"{score:8.3f}  {passage.title}  [{passage.id}]\n          {passage.text}\n")
+            line = f"{score:8.3f}  {passage.title}  [{passage.id}]\n          {passage.text}\n"
+            print("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line))  # no escapes for a terminal
     else:
         server = Server(engine_from(args.where), args.host, args.port, args.top_k)
         print(f"{args.where} answers at http://{args.host}:{server.server_port}/retrieve", flush=True)

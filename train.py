@@ -27,7 +27,9 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -38,16 +40,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
 from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main
 from engine import Slots, end_ids, run
-from eval import complete, direct_ids, evaluate, plot_runs, read_runs, reading_ids
+from eval import complete, direct_ids, evaluate, plot_runs, read_log, read_runs, reading_ids
 from models import (PRESETS, Costs, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak,
     role, size, trained)  # fmt: skip
-from retrieval import SearchFailed
+from retrieval import SearchFailed, written_whole
 from searchr1 import (HARMLESS, INVALID_MESSAGES, PROMPTS, Rollout, Settings, begin, collate, converse, f1_score,
     format_reward, gae, group_advantages, head_inputs, holds_gold, kl_k1, kl_k3, outcome_reward, policy_loss,
     prompt_ids, rewards_at_end, rollout, token_logprobs, token_mean, transcript, value_loss, whiten)  # fmt: skip
@@ -121,6 +124,7 @@ class Config:
     eval_every: int = flag(10, "steps between evaluations on held-out questions")
     eval_limit: int = flag(400, "questions of an evaluation, a fixed sample")
     save_every: int = flag(0, "steps between checkpoints; 0: only at the end (and when interrupted)")
+    keep: int = flag(2, "newest checkpoints that stay, besides the one with the best evaluation; 0: all")
     wandb: str = flag("", "project of Weights & Biases that gets the lines of metrics.jsonl, too")
 
     @property
@@ -146,7 +150,9 @@ def train(config, policy, task):
     out, device = Path(config.output_dir), policy.device
     models = make_models(policy.eval(), config)  # eval mode: dropout would make old and new log-probs differ
     slots, write = writer(models, task, config)
-    start = restore(models, config) if config.resume else first_evaluation(config, policy, task, slots)
+    start = restore(models, config)
+    if start is None:
+        start = first_evaluation(config, policy, task, slots)
 
     bar = tqdm(initial=start, total=config.steps, desc=config.algo)
     with orderly_end(models, task, config) as stop, bar:
@@ -400,12 +406,19 @@ def update(models, batch, step, config, rng):
         for name, _, optimizer in learners:
             (group,), (lr, warmup_steps) = optimizer.param_groups, warmups[name]
             norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm).item()  # of the fp32 masters
-            sums["grad_norm" if name == "policy" else "critic_grad_norm"] += norm / count
-            group["lr"] = lr * learning_rate_factor(step, warmup_steps, config)
-            optimizer.step()
+            models.broken = 0 if math.isfinite(norm) else models.broken + 1
+            if models.broken == 3:
+                raise Mistake(f"three gradients of the {name} in a row are not finite: lower --lr, or --dtype fp32")
+            if math.isfinite(norm):
+                sums["grad_norm" if name == "policy" else "critic_grad_norm"] += norm / count
+                group["lr"] = lr * learning_rate_factor(step, warmup_steps, config)
+                optimizer.step()
+            else:  # one step with it, and every weight is nan for good
+                sums["skipped_updates"] += 1
+                tqdm.write(f"step {step}: the gradient of the {name} is not finite; this update is skipped")
             optimizer.zero_grad(set_to_none=True)
     models.updates = 0  # whole again
-    return dict(sums)
+    return {name: value for name, value in sums.items() if math.isfinite(value)}
 
 def reinforcement_loss(models, part, config):
     """[Eq. 2, Eq. 3] Clipped surrogate, KL penalty if it stands in the loss, entropy bonus -> (loss, metrics)."""
@@ -492,9 +505,13 @@ def first_evaluation(config, policy, task, slots):
     """Begin the run's folder with an evaluation of the untrained policy -> 0, the number of steps done."""
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
+    for log_file in LOGS:  # of a run that was killed before its first checkpoint
+        (out / log_file).unlink(missing_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     log({"step": 0} | evaluation(0, policy, task, slots, config), config)
     return 0
+
+LOGS = "metrics.jsonl", "samples.jsonl"
 
 def log(record, config):
     """A line of metrics.jsonl, and with --wandb the same numbers to a tracker."""
@@ -534,20 +551,45 @@ def save_checkpoint(step, models, tokenizer, config):
         tokenizer.save_pretrained(unfinished)
         (unfinished / "search_r1.json").write_text(json.dumps(asdict(config.settings) | about, indent=2) + "\n")
         torch.save(state, unfinished / "trainer_state.pt")
+        for path in unfinished.iterdir():  # PITFALL: without it a power cut can leave the new name on empty files
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors report it
         shutil.rmtree(unfinished, ignore_errors=True)
         why = f"{str(error).strip().splitlines()[0]}; older checkpoints are whole"
         raise Mistake(f"checkpoint-{step} cannot be written to {out}: {why}; make room, then --resume {out}") from None
     unfinished.rename(out / f"checkpoint-{step}")
-    for older in out.glob("checkpoint-*/trainer_state.pt"):
-        if older.parent.name != f"checkpoint-{step}":
-            older.unlink()
+    tidy(out, config.keep)
+
+def step_of(checkpoint):
+    return int(checkpoint.name.split("-")[1])
+
+def tidy(out, keep):
+    """Remove what a run's folder no longer needs: trainer states but the newest, what a kill left unfinished, and with
+    `keep` all checkpoints but the newest so many and the one with the best evaluation."""
+    checkpoints = sorted(out.glob("checkpoint-*"), key=step_of)
+    for older in checkpoints[:-1]:
+        (older / "trainer_state.pt").unlink(missing_ok=True)
+    em = {record["step"]: record.get("eval/em", -1.0) for record in read_runs([out])[out.name]}
+    best = max(checkpoints, key=lambda checkpoint: (em.get(step_of(checkpoint), -1.0), step_of(checkpoint)))
+    for older in checkpoints[:-keep] if keep else ():
+        if older != best:
+            older.rename(out / older.name.replace("checkpoint", "unfinished"))  # a name means a whole checkpoint
+    for unfinished in out.glob("unfinished-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 def restore(models, config):
-    """Load the newest checkpoint of a run -> its step. Cut the logs back to it: what came after is done again."""
+    """Load the newest checkpoint of a run -> its step, or None if there is none: the run begins anew. Cut the logs back
+    to it: what came after is done again. Nothing is unpickled but tensors and plain values."""
     out = Path(config.output_dir)
-    newest = max(out.glob("checkpoint-*/trainer_state.pt"), key=lambda file: int(file.parent.name.split("-")[1]))
-    state = torch.load(newest, map_location="cpu", weights_only=True)  # a second copy might not fit on the card
+    newest = max((state.parent for state in out.glob("checkpoint-*/trainer_state.pt")), key=step_of, default=None)
+    if newest is None:
+        return None
+    try:
+        # To the CPU first: a second copy might not fit on the card.
+        state = torch.load(newest / "trainer_state.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise Mistake(f"{newest}/trainer_state.pt cannot be read: {error!r:.99}; a new run: --model {newest}") from None
     for name, network, optimizer in models.learners():
         optimizer.load_state_dict(state[f"{name}_optimizer"])
         for (key, p), master in zip(trained(network, name).items(), optimizer.param_groups[0]["params"]):
@@ -555,10 +597,21 @@ def restore(models, config):
             p.detach().copy_(master)
     if state["step"] >= config.steps:
         raise Mistake(f"{out} has all its {config.steps} steps; --steps N with a larger N goes on")
-    for file in (out / "metrics.jsonl", out / "samples.jsonl"):
-        lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
-        file.write_text("".join(line + "\n" for line in lines))
+    for log_file in LOGS:
+        kept = [record for record in read_log(out / log_file) if record["step"] <= state["step"]]
+        with written_whole(out / log_file) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept))
     return state["step"]
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Keep other processes out of a run's folder: two would write into one log. The lock ends with the process."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(Path(folder) / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise Mistake(f"another process trains in {folder}: wait for it, or take another --output-dir") from None
 
 @contextlib.contextmanager
 def shortage_named(config):
@@ -681,10 +734,10 @@ CHOICES = {
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
             "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
 NOT_NEGATIVE = ("search_patience max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank "
-                "lora_layers slots weight_decay").split()  # fmt: skip
+                "lora_layers slots weight_decay keep save_every").split()  # fmt: skip
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
 RESUME_MAY_CHANGE = {
-    "steps", "save_every", "slots", "micro_batch_tokens", "gradient_checkpointing", "no_cuda_graphs", "wandb",
+    "steps", "save_every", "keep", "slots", "micro_batch_tokens", "gradient_checkpointing", "no_cuda_graphs", "wandb",
     "search_patience",
 }  # fmt: skip
 
@@ -746,9 +799,12 @@ def check_config(c):
 def resumed_config(given):
     """--resume DIR -> the run's saved Config, with what RESUME_MAY_CHANGE from the command line."""
     folder = given["resume"]
-    if not list(Path(folder).glob("checkpoint-*/trainer_state.pt")):
-        raise Mistake(f"--resume: no checkpoint to continue from in {folder}")
-    saved = json.loads((Path(folder) / "config.json").read_text())
+    try:
+        saved = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Mistake(f"--resume: {folder} is no folder of a run: {error}") from None
+    if list(Path(folder).glob("checkpoint-*")) and not list(Path(folder).glob("checkpoint-*/trainer_state.pt")):
+        raise Mistake(f"--resume: no checkpoint in {folder} has the trainer_state.pt that it takes to continue")
     unknown = set(saved) - {f.name for f in fields(Config)}
     if unknown:
         raise Mistake(f"{folder} was made by another version, with flags that are gone: {', '.join(sorted(unknown))}")
@@ -766,7 +822,8 @@ def main(argv=None):
         policy, task = load_run(config)
         memory = predict_memory(policy, config, task.bytes_on_card)
         print(memory_table(memory))
-        train(config, policy, task)
+        with alone_in(config.output_dir):
+            train(config, policy, task)
     out = Path(config.output_dir)
     runs = read_runs([out])
     (records,) = runs.values()
@@ -776,7 +833,7 @@ def main(argv=None):
     phases = ("rollout", "logprobs", "update", "eval")
     print("seconds: " + ", ".join(f"{p} {sum(r.get(f'timing_s/{p}', 0) for r in records):.0f}" for p in phases))
     plot_runs(runs, out / "curves.png")
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    samples = read_log(out / "samples.jsonl")
     for title, sample in (("before training", samples[0]), (f"after {config.steps} steps", samples[-1])):
         gold = " or ".join(sample["golden_answers"])
         print(f"\n--- {title} (greedy, a held-out question; gold answer: {gold}; reward {sample['reward']:.0f})")

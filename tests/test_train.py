@@ -5,7 +5,9 @@ import copy
 import functools
 import itertools
 import json
+import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -31,7 +33,7 @@ import train
 from conftest import LOUD, PASSAGES, a_batch, metrics, played, random_model, shaped
 from data import Mistake, run_main
 from eval import main as eval_main
-from eval import plot_runs
+from eval import plot_runs, read_log
 from models import Models, make_models, merged_state, trained
 from retrieval import SearchFailed, engine_from
 from searchr1 import Critic, Question, Settings, token_logprobs
@@ -530,7 +532,7 @@ def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
     assert set(names.split()) <= set().union(*lines[1:]) and all(v == v for line in lines for v in line.values())
     evaluated = "eval/em eval/f1 eval/em_1hop eval/em_2hop eval/sampled_em train/sampled_em"
     assert all(set(evaluated.split()) <= set(line) for line in (lines[0], lines[-1]))
-    files = {"config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint-1"}
+    files = {".lock", "config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint-1"}
     assert {f.name for f in Path("run").iterdir()} == files
     AutoModelForCausalLM.from_pretrained("run/checkpoint-1")
     assert AutoTokenizer.from_pretrained("run/checkpoint-1").chat_template == data.CHAT_TEMPLATE
@@ -693,8 +695,118 @@ def test_a_run_that_cannot_be_evaluated_at_its_start_leaves_nothing_behind(small
     monkeypatch.setattr(train, "evaluate", gone)
     with pytest.raises(SearchFailed, match="^http://nowhere did not answer$"):
         train.main(SMALL + ["--output-dir", "run"])
-    assert [file.name for file in Path("run").iterdir()] == ["config.json"]
+    assert {file.name for file in Path("run").iterdir()} == {"config.json", ".lock"}
     assert train.parse_config(SMALL + ["--output-dir", "run"]).steps == 2
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(small_base, monkeypatch):
+    """Claim: killed in step 2 without a checkpoint, half a line at the end of its log, a resumed run is the run that
+    was left alone. Killed after a checkpoint with half a line, too.
+    Fails if: read_log splits lines without dropping what follows the last newline, or first_evaluation keeps the logs.
+    """
+    run, log = SMALL + ["--steps", "3"], train.log
+    train.main(run + ["--output-dir", "whole"])
+
+    def torn(record, config):
+        log(record, config)
+        if record["step"] == 2:
+            with open(f"{config.output_dir}/metrics.jsonl", "a") as file:
+                file.write('{"step": 3, "rew')
+            raise KeyboardInterrupt  # as if it were killed
+
+    for save_every in ("0", "1"):
+        monkeypatch.setattr(train, "log", torn)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(run + ["--save-every", save_every, "--output-dir", "killed" + save_every])
+        monkeypatch.setattr(train, "log", log)
+        assert len(read_log(Path("killed" + save_every) / "metrics.jsonl")) == 3
+        train.main(["--resume", "killed" + save_every])
+        assert metrics("killed" + save_every) == metrics("whole")
+
+
+def test_of_two_processes_in_one_folder_the_second_refuses(small_base):
+    """Claim: while a process trains in a folder, another one ends with one line, whether it begins or resumes a run
+    there. A lock that a dead process left behind stops nobody.
+    Fails if: alone_in waits (timeout=-1), or takes the existence of its file for a lock.
+    """
+    train.main(SMALL + ["--output-dir", "run"])
+    assert Path("run/.lock").exists()
+    with train.alone_in("run"), train.alone_in("new"):
+        for flags in (["--resume", "run", "--steps", "3"], [*SMALL, "--output-dir", "new"]):
+            with pytest.raises(Mistake, match="another process trains in (run|new): wait for it"):
+                train.main(flags)
+    train.main(["--resume", "run", "--steps", "3"])
+
+
+def test_old_checkpoints_go_and_the_best_one_stays(here):
+    """Claim: of five checkpoints the newest two stay, and the one with the best evaluation, of equals the newer one; one
+    that was never evaluated is not the best. What a kill left unfinished goes. With keep 0 all stay. In each case only
+    the newest keeps what resuming needs.
+    Fails if: tidy takes the first of equal evaluations, or keeps the trainer state of the best.
+    """
+    for folder, keep, left in (("few", 2, [3, 5, 6]), ("all", 0, [1, 2, 3, 4, 5, 6])):
+        for step in range(1, 7):
+            here(f"{folder}/checkpoint-{step}/trainer_state.pt", {})
+        here(f"{folder}/unfinished-9/trainer_state.pt", {})
+        em = {1: 0.1, 2: 0.5, 3: 0.5, 5: 0.2, 6: 0.3}
+        here(f"{folder}/metrics.jsonl", *({"step": step, "eval/em": value} for step, value in em.items()), {"step": 4})
+        train.tidy(Path(folder), keep)
+        assert sorted(d.name for d in Path(folder).glob("*-*")) == [f"checkpoint-{step}" for step in left]
+        assert [state.parent.name for state in Path(folder).rglob("trainer_state.pt")] == ["checkpoint-6"]
+
+
+def test_a_trainer_state_that_cannot_be_trusted_is_one_line(small_base):
+    """Claim: a torn trainer_state.pt, and one that would run code when it is unpickled, end in one line; nothing runs.
+    Fails if: restore loads with weights_only=False, or catches RuntimeError only.
+    """
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (Path("executed"),)
+
+    train.main(SMALL + ["--output-dir", "run"])
+    state = Path("run/checkpoint-2/trainer_state.pt")
+    whole = state.read_bytes()
+    for bad in (whole[: len(whole) // 2], b"", pickle.dumps(Payload(), protocol=2)):
+        state.write_bytes(bad)
+        with pytest.raises(Mistake, match="trainer_state.pt cannot be read: .*--model run/checkpoint-2") as ended:
+            train.main(["--resume", "run", "--steps", "3"])
+        assert "\n" not in str(ended.value)
+    torch.save({"step": 2, "policy": Payload()}, state)
+    with pytest.raises(Mistake, match="trainer_state.pt cannot be read"):
+        train.main(["--resume", "run", "--steps", "3"])
+    assert not Path("executed").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_the_third_in_a_row_ends_the_run(small_base, monkeypatch):
+    """Claim: an update with a nan in its gradient changes no weight, is counted, and leaves no nan in the log; two in a
+    row are survived; the third ends the run with one line, its steps saved.
+    Fails if: update steps without looking at the norm, or does not set models.broken back to 0.
+    """
+    loss, calls = train.reinforcement_loss, []
+
+    def sometimes(broken):
+        def changed(*args):
+            calls.append(len(calls))
+            value, metrics = loss(*args)
+            if calls[-1] in broken:
+                return value * math.nan, metrics | {"policy_loss": value * math.nan}
+            return value, metrics
+
+        calls.clear()
+        return changed
+
+    run = SMALL + "--steps 3 --minibatches 4 --entropy-coef 0.1 --output-dir".split()
+    monkeypatch.setattr(train, "reinforcement_loss", sometimes({0, 1, 3, 5, 6}))
+    train.main(run + ["survives"])
+    lines = metrics("survives")
+    assert [line.get("skipped_updates", 0) for line in lines] == [0, 3, 2, 0]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    monkeypatch.setattr(train, "reinforcement_loss", sometimes({6, 7, 8}))
+    with pytest.raises(Mistake, match="three gradients of the policy in a row are not finite.*saved after step 2"):
+        train.main(run + ["ends"])
+    weights = AutoModelForCausalLM.from_pretrained("ends/checkpoint-2").state_dict().values()
+    assert all(value.isfinite().all() for value in weights)
 
 
 def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
@@ -1113,7 +1225,8 @@ MISTAKES = [
     (FILES.replace("passages", "questions"), "questions.jsonl line 1"),
     (FILES + " --batch-size 50", "--batch-size is 50"),
     (FILES + " --max-length 100", "--max-length"),
-    ("--resume nowhere", "no checkpoint"),
+    ("--resume nowhere", "nowhere is no folder of a run"),
+    ("--resume bare", "no checkpoint in bare has the trainer_state.pt"),
     ("--output-dir old", "holds a run already"),
     ("--algo format", "--algo format is the cold start of --preset laptop"),
     ("--algo format --preset laptop --no-search", "--algo format shows how to search"),
@@ -1132,6 +1245,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(real_shape, capsys, flags, messag
     Path("empty").mkdir()
     Path("old").mkdir()
     Path("old/metrics.jsonl").touch()
+    Path("bare/checkpoint-3").mkdir(parents=True)
+    Path("bare/config.json").write_text("{}")
     with pytest.raises(SystemExit) as stopped:
         run_main(lambda: train.main(flags.split()))
     error = capsys.readouterr().err.strip()
