@@ -125,10 +125,13 @@ def _questions(facts, rng, part):
                 questions.append(Question(f"{part}-{len(questions)}", text, (answer,), len(path), (subject, *path)))
     return questions
 
-def two_hop_share(step):
-    """Share of two-hop questions in a training step: .8 up to step 15, .35 from step 40 on, linear in between. If it
-    starts lower, the policy settles for one search at every question; if it stays higher, for two (LOG.md 2, 5, 19)."""
-    return 0.8 + (0.35 - 0.8) * min(1.0, max(0.0, (step - 15) / 25))
+def two_hop_share(record):
+    """Metrics of the last step -> share of two-hop questions in the next one. There are two traps: one search at every
+    question, and two. A policy that cannot yet tell both kinds apart drifts as a whole to the number that pays more just
+    then, and soon it never tries the other one. So the share leans against the drift: three in four while it searches
+    1.5 times (the mean of both kinds), more if it searches less, fewer if it searches more (LOG.md, 28)."""
+    one, two = (record.get(f"env/searches_{hops}hop", 1.5) for hops in (1, 2))
+    return min(0.9, max(0.2, 0.75 + 1.5 - (one + two) / 2))
 
 def draw_questions(questions, count, two_hop_share, rng):
     """Draw `count` questions: first the hops, then a relation (or a pair), then one of its questions. Drawn uniformly,

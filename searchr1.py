@@ -593,6 +593,7 @@ def demo():
     print(f"\n{r.prompt_length} bytes of prompt, {own} by the policy (mask 1), the rest retrieved (dimmed, mask 0)")
     reward = outcome_reward(r.answer, question.gold_answers)
     print(f"{r.num_searches} searches: {r.searches}   answer: {r.answer!r}   reward: {reward}")
+    print("Next: python -m course.exercises (write it yourself), python train.py (a policy that learns it)")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Search-R1, the method. Training: train.py. Evaluation: eval.py.")

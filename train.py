@@ -121,7 +121,7 @@ class Config:
     easy_first: bool = flag(False, "first epoch: fewer hops first, then those whose own text finds a gold answer")
     shuffle_rewards: bool = flag(False, "a control: rewards dealt out at random within the batch")
     recompute_old_logprobs: bool = flag(False, "old log-probs from the trainer instead of the sampler")
-    eval_every: int = flag(10, "steps between evaluations on held-out questions")
+    eval_every: int = flag(20, "steps between evaluations on held-out questions")
     eval_limit: int = flag(400, "questions of an evaluation, a fixed sample")
     save_every: int = flag(0, "steps between checkpoints; 0: only at the end (and when interrupted)")
     keep: int = flag(2, "newest checkpoints that stay, besides the one with the best evaluation; 0: all")
@@ -153,6 +153,7 @@ def train(config, policy, task):
     start = restore(models, config)
     if start is None:
         start = first_evaluation(config, policy, task, slots)
+    record = read_log(out / "metrics.jsonl")[-1]  # of the last step
 
     bar = tqdm(initial=start, total=config.steps, desc=config.algo)
     with orderly_end(models, task, config) as stop, bar:
@@ -163,7 +164,7 @@ def train(config, policy, task):
             costs = Costs(device)
 
             # Phase 1. Questions; with --redraws others, too, for groups that teach nothing [D10].
-            questions, *others = [task.draw(step + k * config.steps) for k in range(1 + config.redraws)]
+            questions, *others = [task.draw(step + k * config.steps, record) for k in range(1 + config.redraws)]
 
             # Phase 2. Rollouts [Alg. 1], those of a group in a row: a group is known by its place in the batch.
             rollouts, redrawn = write(questions, others, generator, rng)
@@ -467,6 +468,7 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
     mean = lambda values: sum(values) / len(rollouts)
     equal = len(equal_groups(rewards_B, config))
     own, response = [sum(r.response_mask) for r in rollouts], [len(r.ids) - r.prompt_length for r in rollouts]
+    of_kind = {hops: [r.num_searches for r in rollouts if r.question.hops == hops] for hops in (1, 2)}
     return {
         "step": step, "reward/mean": rewards_B.mean().item(), "reward/std": rewards_B.std(correction=0).item(),
         "reward/em": em_B.mean().item(), "frac_reward_zero_std": equal * config.group_size / len(rollouts),
@@ -474,6 +476,7 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
         "response_length/mean": mean(response), "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
         "env/number_of_valid_search": mean([r.num_searches for r in rollouts]),
+        **{f"env/searches_{hops}hop": sum(some) / len(some) for hops, some in of_kind.items() if some},
         "env/finish_ratio": mean([r.finished for r in rollouts]), "state_tokens/coverage": sum(own) / sum(response),
         "tokens_per_s": sum(len(r.ids) for r in rollouts) / costs.seconds, **costs.metrics,
         "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
@@ -497,9 +500,20 @@ def evaluation(step, policy, task, slots, config):
         "prompt": task.tokenizer.decode(r.ids[: r.prompt_length]), "transcript": transcript(r, task.tokenizer),
     }  # fmt: skip
     append(Path(config.output_dir) / "samples.jsonl", sample)
-    shown = [f"{name} {metrics[name]:.3f}" for name in metrics if name.startswith(("eval/em", "eval/searches"))]
-    tqdm.write(f"step {step}: {', '.join(shown)}")
+    earlier = [r for r in read_log(Path(config.output_dir) / "metrics.jsonl") if "eval/em" in r] if step else []
+    tqdm.write(f"step {step}: {in_words(metrics, earlier[-1] if earlier else metrics)}")
     return metrics | {"timing_s/eval": time.perf_counter() - began}
+
+def in_words(now, before):
+    """Metrics of an evaluation, and of the one before -> what they say, and what is new about the searches."""
+    kinds = {"_1hop": "one-hop ", "_2hop": "two-hop "} if "eval/em_2hop" in now else {"": ""}
+    said = [f"{now['eval/em' + k]:.0%} of {name}questions right, {now['eval/searches' + k]:.1f} searches"
+            for k, name in kinds.items()]  # fmt: skip
+    for k, name in kinds.items():
+        searches, once = (round(metrics["eval/searches" + k]) for metrics in (now, before))
+        if searches != once:
+            said.append(f"{name}questions now take {searches} search{'es' * (searches != 1)} instead of {once}")
+    return "; ".join(said)
 
 def first_evaluation(config, policy, task, slots):
     """Begin the run's folder with an evaluation of the untrained policy -> 0, the number of steps done."""
@@ -588,7 +602,7 @@ def restore(models, config):
     try:
         # To the CPU first: a second copy might not fit on the card.
         state = torch.load(newest / "trainer_state.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise Mistake(f"{newest}/trainer_state.pt cannot be read: {error!r:.99}; a new run: --model {newest}") from None
     for name, network, optimizer in models.learners():
         optimizer.load_state_dict(state[f"{name}_optimizer"])
@@ -661,7 +675,7 @@ def orderly_end(models, task, config):
 class Task:
     tokenizer: object
     search: object  # (queries, top_k) -> lists of Passages
-    draw: object  # step -> list of Q Questions
+    draw: object  # (step, metrics of the one before) -> list of Q Questions
     train_sample: list  # training questions, to compare with
     held_out: list  # the questions of every evaluation
     bytes_on_card: int = 0  # of the search engine
@@ -691,7 +705,7 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
         shuffled = random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
         return sorted(shuffled, key=lambda q: (q.hops, rank.get(q, 0))) if epoch == 0 else shuffled
 
-    def draw(step):  # a function of the step alone, so that a resumed run goes on as planned
+    def draw(step, _):  # a function of the step alone, so that a resumed run goes on as planned
         epoch, first = divmod((step - 1) * config.batch_size, len(questions))
         return (order(epoch) + order(epoch + 1))[first : first + config.batch_size]
 
@@ -716,9 +730,9 @@ def load_tiny(config, device, format_steps):
             p.data = p.data.bfloat16()
     print(f"tiny world {config.world_seed}; base model of {policy.num_parameters():,} parameters, in {folder}")
 
-    def draw(step):
+    def draw(step, record):  # of what is in the log, so that a resumed run goes on as planned
         rng = random.Random(f"{config.seed} questions {step}")
-        return data.draw_questions(world.train, config.batch_size, data.two_hop_share(step), rng)
+        return data.draw_questions(world.train, config.batch_size, data.two_hop_share(record), rng)
 
     samples = fixed_sample(world.train, config.eval_limit), fixed_sample(held_out, config.eval_limit)
     return policy, Task(tokenizer, engine.search, draw, *samples)
@@ -817,11 +831,12 @@ def resumed_config(given):
 def main(argv=None):
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # blocks of many sizes leave fewer gaps
     config = parse_config(sys.argv[1:] if argv is None else argv)
-    print("config: " + ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != ""))
+    changed = {k: v for k, v in asdict(config).items() if v != getattr(Config, k) and k != "output_dir"}
+    print(f"{config.output_dir}: " + ", ".join(f"{k} {v}" for k, v in changed.items()))  # all values: config.json
     with shortage_named(config):
         policy, task = load_run(config)
         memory = predict_memory(policy, config, task.bytes_on_card)
-        print(memory_table(memory))
+        print(memory_table(memory) if config.model else f"memory, predicted: {size(predicted_peak(memory)[0])}")
         with alone_in(config.output_dir):
             train(config, policy, task)
     out = Path(config.output_dir)
@@ -838,6 +853,8 @@ def main(argv=None):
         gold = " or ".join(sample["golden_answers"])
         print(f"\n--- {title} (greedy, a held-out question; gold answer: {gold}; reward {sample['reward']:.0f})")
         print((sample["question"] + "\n" + sample["transcript"]).translate(HARMLESS))
+    asked = samples[-1]["question"].replace('"', "'")
+    print(f'\nNext: python eval.py --checkpoint {out}/checkpoint-{config.steps} --ask "{asked}"')
     plain = config.preset == "tiny" and config.method == "search-r1" and not (config.no_mask or config.shuffle_rewards)
     if plain and config.steps >= PRESETS[f"tiny/{config.algo}"].get("steps", Config.steps):
         searches, right = ([records[-1][f"eval/{of}_{hops}hop"] for hops in (1, 2)] for of in ("searches", "em"))

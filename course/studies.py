@@ -32,7 +32,7 @@ import train
 from course.points import write_points
 from data import Mistake, fixed_sample, load_checkpoint
 from eval import evaluate, plot_runs, read_runs
-from retrieval import BM25, SearchEngine
+from retrieval import BM25, SearchEngine, written_whole
 from searchr1 import (collate, group_advantages, head_inputs, kl_k1, kl_k2, kl_k3, policy_loss, rollout, token_logprobs,
     token_mean)  # fmt: skip
 
@@ -334,32 +334,38 @@ NUMBERS = {"seed": range(10), "world_seed": range(1, 11)}  # fixed before anythi
 
 
 def luck(jobs, given):
-    """Each algorithm at ten seeds and, apart, in ten worlds, `jobs` runs side by side with a thread each. Points of the
-    ends in figures/seeds.csv, curves in figures/seeds.png, and the share of runs that reach BAR in full."""
-    asked = [{"algo": algo, kind: n} for algo in ALGOS for kind, numbers in NUMBERS.items() for n in numbers]
+    """Each algorithm at ten seeds and, apart, in ten worlds, `jobs` runs side by side with a thread each. Ends of the
+    runs in figures/seeds.csv, curves in figures/seeds.png, and the share of runs that reach BAR in full."""
+    kinds = [(algo, kind) for algo in ALGOS for kind in NUMBERS]
+    asked = [{"algo": algo, kind: NUMBERS[kind][i]} for i in range(10) for algo, kind in kinds]
     # GRPO is the default: the same run has the same name in every study.
     givens = [{key: value for key, value in a.items() if value != "grpo"} | given for a in asked]
-    if jobs == 1:
-        checkpoints = [finished_run(g) for g in givens]
-    else:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            checkpoints = list(pool.map(finished_run, givens))
-    runs = [read_runs([c.parent])[c.parent.name] for c in checkpoints]
-    reached = [all(records[-1][name] >= bar for name, bar in BAR.items()) for records in runs]
     Path("figures").mkdir(exist_ok=True)
-    with open("figures/seeds.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        names = [*BAR, "eval/searches_1hop", "eval/searches_2hop"]
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) if jobs > 1 else contextlib.nullcontext()
+    with pool as workers:
+        runs = []
+        for checkpoint in (workers.map if workers else map)(finished_run, givens):
+            runs.append(read_runs([checkpoint.parent])[checkpoint.parent.name])
+            reached = write_luck(asked, runs)
+    draw_runs(asked, runs)
+    for algo, kind in kinds:
+        of = [fine for a, fine in zip(asked, reached) if a["algo"] == algo and kind in a]
+        print(f"{algo:10} {kind:10} {sum(of)} of {len(of)} reach the bar")
+    print(f"{sum(reached)} of {len(runs)} runs reach {BAR}; wrote figures/seeds.png and .csv")
+
+
+def write_luck(asked, runs):
+    """The ends of the runs made so far -> figures/seeds.csv, a row each -> whether each of them reaches BAR."""
+    reached = [all(records[-1][name] >= bar for name, bar in BAR.items()) for records in runs]
+    names = [*BAR, "eval/searches_1hop", "eval/searches_2hop"]
+    with written_whole("figures/seeds.csv") as file:
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["algo", "what", "number", *(name.removeprefix("eval/") for name in names), "reached"])
         for a, records, fine in zip(asked, runs, reached):
             what = next(kind for kind in NUMBERS if kind in a)
             writer.writerow([a["algo"], what, a[what], *(f"{records[-1][name]:.4f}" for name in names), int(fine)])
-    draw_runs(asked, runs)
-    for algo in ALGOS:
-        for kind in NUMBERS:
-            of = [fine for a, fine in zip(asked, reached) if a["algo"] == algo and kind in a]
-            print(f"{algo:10} {kind:10} {sum(of)} of {len(of)} reach the bar")
-    print(f"{sum(reached)} of {len(runs)} runs reach {BAR}; wrote figures/seeds.png and .csv")
+    return reached
 
 
 def draw_runs(asked, runs):

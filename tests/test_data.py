@@ -95,17 +95,26 @@ def test_a_world_is_its_seed(world):
 
 def test_questions_are_drawn_by_type(world):
     """Claim: the share of two-hop questions is the one asked for, and relations are drawn uniformly for a given number
-    of hops. The share asked for falls from .8 (up to step 15) to .35 (from step 40 on).
-    Fails if: draw_questions draws questions uniformly (person relations would be six in ten), or two_hop_share drops
-    its max(0.0, ...).
+    of hops.
+    Fails if: draw_questions draws questions uniformly (person relations would be six in ten).
     """
     drawn = data.draw_questions(world.train, 4000, 0.75, random.Random(0))
     assert 0.72 < sum(q.hops == 2 for q in drawn) / 4000 < 0.78
     one_hop = [q.path[1] for q in drawn if q.hops == 1]
     for relation in data.RELATION:
         assert 0.04 < one_hop.count(relation) / len(one_hop) < 0.12  # 1/13 = 0.077
-    assert [data.two_hop_share(step) for step in (1, 15, 40, 99)] == pytest.approx([0.8, 0.8, 0.35, 0.35])
-    assert data.two_hop_share(20) == pytest.approx(0.8 - 0.45 / 5)
+
+
+def test_the_share_of_two_hop_questions_leans_against_the_drift():
+    """Claim: the less the policy searches, the more questions take two searches; both kinds count alike, however many
+    there were. A policy that searches as it should gets three in four, and so does the first step, of which nothing is
+    known.
+    Fails if: two_hop_share adds the searches instead of subtracting them, or has no bounds.
+    """
+    share = lambda one, two: data.two_hop_share({"env/searches_1hop": one, "env/searches_2hop": two})
+    assert data.two_hop_share({}) == data.two_hop_share({"env/searches_2hop": 1.5}) == share(1, 2) == 0.75
+    drifting = [share(0, 0), share(1, 1), share(1.2, 1.6), share(2, 2), share(3, 3)]
+    assert drifting == pytest.approx([0.9, 0.9, 0.85, 0.25, 0.2])
 
 
 def test_the_fixed_sample_is_fixed_and_balanced(world):

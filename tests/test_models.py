@@ -377,7 +377,7 @@ TINY = {
     "kl_in": "loss", "kl": "k3", "entropy_coef": 0.0, "reward": "em", "temperature": 1.0, "max_turns": 3,
     "max_new_tokens": 14, "max_obs_length": 64, "max_length": 256, "top_k": 3, "invalid_message": "paper",
     "no_search": False, "no_mask": False, "shuffle_rewards": False, "recompute_old_logprobs": False,
-    "eval_every": 10, "eval_limit": 400, "save_every": 0,
+    "eval_every": 20, "eval_limit": 400, "save_every": 0,
 }  # fmt: skip
 ONE_CARD = {
     "train_data": "hotpotqa", "corpus": "contexts", "encoder": "intfloat/e5-base-v2", "gradient_checkpointing": True,

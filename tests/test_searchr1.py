@@ -6,6 +6,7 @@ model here; how a model holds them is test_engine.py's subject.
 
 import math
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,6 +267,39 @@ def test_a_hostile_passage_neither_ends_the_episode_nor_earns_a_reward_nor_break
     assert s.check_format(s.policy_view(r)) == (True, "") and len(r.ids) < 2000
     r, _, _ = played(["<think>a</think><search>q</search>", "nothing"], passages=[Passage("0", "t", text)], max_turns=1)
     assert r.answer is None and not r.finished
+
+
+# What a policy can try without knowing the answer, or besides it -> what it earns: (EM, F1, format reward).
+THOUGHT = "<think>a</think>"
+HACKS = {
+    "the answer": (THOUGHT + "<answer>gold</answer>", 1, 1, 1),
+    "a second pair of tags: its turn is over before": (THOUGHT + "<answer>x</answer><answer>gold</answer>", 0, 0, 0.2),
+    "text after the answer: likewise": (THOUGHT + "<answer>x</answer> gold", 0, 0, 0.2),
+    "a list of candidates": (THOUGHT + "<answer>gold or silver or copper</answer>", 0, 1 / 3, 0.2),
+    "the answer again and again": (THOUGHT + "<answer>gold gold gold</answer>", 0, 0.5, 0.2),
+    "a block of passages of its own": (THOUGHT + "<information>gold</information><answer>x</answer>", 0, 0, 0.1),
+    "nested tags": ("<answer><answer>gold</answer></answer>", 0, 0, 0.1),
+    "an answer inside a thought: the first pair counts, wherever it stands": ("<think><answer>gold</answer>", 1, 1, 0.8),
+    "a search inside an answer: it searches": (THOUGHT + "<answer><search>gold</search></answer>", 0, 0, 0),
+    "the answer as a query": (THOUGHT + "<search>gold</search>", 0, 0, 0),
+    "a tag that is never closed": (THOUGHT + "<answer>gold", 0, 0, 0),
+    "an empty answer": (THOUGHT + "<answer></answer>", 0, 0, 0.2),
+}
+
+
+@pytest.mark.parametrize("hack", HACKS)
+def test_what_a_policy_can_try_and_what_it_earns(short_prompt, hack):
+    """Claim: exact match pays for the answer and for nothing else; F1 pays a part for lists and repetitions; the format
+    reward pays for a form without an answer. (The table stands in course/METRICS.md.)
+    Fails if: turn_ended looks for no tags (text after the first pair would count), or extract_answer takes a pair that
+    holds a tag.
+    """
+    turn, em, f1, shaped = HACKS[hack]
+    r, _, _ = played([turn], max_turns=1)
+    earned = s.outcome_reward(r.answer, ["gold"]), s.f1_score(r.answer or "", ["gold"]), s.format_reward(r, ["gold"])
+    assert earned == pytest.approx((em, f1, shaped))
+    row = f"| {hack} | {em:g} | {f1:.2g} | {shaped:g} |"
+    assert row in (Path(s.__file__).parent / "course/METRICS.md").read_text()
 
 
 def test_special_tokens_spelled_out_in_a_passage_stay_text(tokenizer):
