@@ -699,6 +699,38 @@ def test_a_run_that_cannot_be_evaluated_at_its_start_leaves_nothing_behind(small
     assert train.parse_config(SMALL + ["--output-dir", "run"]).steps == 2
 
 
+def test_an_evaluation_is_told_in_words():
+    """Claim: an evaluation prints exact match and searches by hops, if they are known, and says when a kind of question
+    takes another number of searches than at the evaluation before.
+    Fails if: in_words compares unrounded searches, or says nothing of questions without hops.
+    """
+    old = {"eval/em": 0.2, "eval/searches": 1.4}
+    new = {"eval/em": 0.314, "eval/searches": 1.6}
+    assert train.in_words(old, old) == "20% of questions right, 1.4 searches"
+    assert train.in_words(new, old) == "31% of questions right, 1.6 searches; questions now take 2 searches instead of 1"
+    em = {"eval/em_1hop": 1.0, "eval/em_2hop": 0.5}
+    hops = lambda one, two: em | {"eval/searches_1hop": one, "eval/searches_2hop": two}
+    said = "100% of one-hop questions right, 1.2 searches; 50% of two-hop questions right, 1.9 searches; "
+    said += "one-hop questions now take 1 search instead of 2"
+    assert train.in_words(new | hops(1.2, 1.9), old | hops(1.8, 2.2)) == said
+
+
+def test_searches_are_counted_by_hops_and_steer_the_next_questions(small_base):
+    """Claim: the log has the searches of one-hop and of two-hop questions, and the next step's share of two-hop
+    questions comes from them, also in a run that is resumed.
+    Fails if: train() gives draw the record of step 0 at every step, or a resumed run begins without one.
+    """
+    shares, share = [], data.two_hop_share
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "two_hop_share", lambda record: shares.append(share(record)) or shares[-1])
+        run = SMALL + "--batch-size 9 --save-every 1 --output-dir run --max-turns 2 --max-new-tokens 20".split()
+        train.main(run + ["--steps", "2"])
+        train.main(["--resume", "run", "--steps", "3"])
+    lines = metrics("run")
+    assert all({"env/searches_1hop", "env/searches_2hop"} <= set(line) for line in lines[1:])
+    assert shares == [share(line) for line in lines[:3]] and len(set(shares)) > 1
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(small_base, monkeypatch):
     """Claim: killed in step 2 without a checkpoint, half a line at the end of its log, a resumed run is the run that
     was left alone. Killed after a checkpoint with half a line, too.
