@@ -373,10 +373,11 @@ def draw_runs(asked, runs):
     mean."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    panels = figure.subplots(2, len(ALGOS), sharex="col", sharey=True)
+    algos = list(dict.fromkeys(a["algo"] for a, _ in zip(asked, runs)))
+    figure = Figure(figsize=(4 * len(algos), 6), layout="constrained")
+    panels = figure.subplots(2, len(algos), sharex="col", sharey=True, squeeze=False)
     for row, name in enumerate(("eval/em_1hop", "eval/em_2hop")):
-        for column, algo in enumerate(ALGOS):
+        for column, algo in enumerate(algos):
             axis = panels[row][column]
             of = [records for a, records in zip(asked, runs) if a["algo"] == algo]
             lines = [{r["step"]: r[name] for r in records if name in r} for records in of]
