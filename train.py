@@ -32,6 +32,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -408,16 +409,17 @@ def update(models, batch, step, config, rng):
         for name, _, optimizer in learners:
             (group,), (lr, warmup_steps) = optimizer.param_groups, warmups[name]
             norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm).item()  # of the fp32 masters
-            models.broken = 0 if math.isfinite(norm) else models.broken + 1
-            if models.broken == 3:
-                raise Mistake(f"three gradients of the {name} in a row are not finite: lower --lr, or --dtype fp32")
             if math.isfinite(norm):
+                models.broken = 0
                 sums["grad_norm" if name == "policy" else "critic_grad_norm"] += norm / count
                 group["lr"] = lr * learning_rate_factor(step, warmup_steps, config)
                 optimizer.step()
             else:  # one step with it, and every weight is nan for good
+                models.broken += 1
                 sums["skipped_updates"] += 1
                 tqdm.write(f"step {step}: the gradient of the {name} is not finite; this update is skipped")
+                if models.broken == 3:
+                    raise Mistake(f"three gradients of the {name} in a row are not finite: lower --lr, or --dtype fp32")
             optimizer.zero_grad(set_to_none=True)
     models.updates = 0  # whole again
     return {name: value for name, value in sums.items() if math.isfinite(value)}
@@ -855,8 +857,8 @@ def main(argv=None):
         print(f"\n--- {title} (greedy, a held-out question; gold answer: {gold}; reward {sample['reward']:.0f})")
         lines = re.sub(r"\s*(<(think|search|information|answer)>)", r"\n  \1", sample["transcript"])
         print((sample["question"] + lines).translate(HARMLESS))
-    asked = samples[-1]["question"].replace('"', "'")
-    print(f'\nNext: python eval.py --checkpoint {out}/checkpoint-{config.steps} --ask "{asked}"')
+    asked = shlex.quote(samples[-1]["question"].translate(HARMLESS))
+    print(f"\nNext: python eval.py --checkpoint {out}/checkpoint-{config.steps} --ask {asked}")
     plain = config.preset == "tiny" and config.method == "search-r1" and not (config.no_mask or config.shuffle_rewards)
     if plain and config.steps >= PRESETS[f"tiny/{config.algo}"].get("steps", Config.steps):
         searches, right = ([records[-1][f"eval/{of}_{hops}hop"] for hops in (1, 2)] for of in ("searches", "em"))

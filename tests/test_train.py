@@ -814,7 +814,7 @@ def test_a_trainer_state_that_cannot_be_trusted_is_one_line(small_base):
 def test_a_gradient_that_is_not_finite_is_skipped_and_the_third_in_a_row_ends_the_run(small_base, monkeypatch):
     """Claim: an update with a nan in its gradient changes no weight, is counted, and leaves no nan in the log; two in a
     row are survived; the third ends the run with one line, its steps saved.
-    Fails if: update steps without looking at the norm, or does not set models.broken back to 0.
+    Fails if: update steps without looking at the norm, or models.broken is never set back to 0.
     """
     loss, calls = train.reinforcement_loss, []
 
