@@ -524,7 +524,8 @@ def first_evaluation(config, policy, task, slots):
     out.mkdir(parents=True, exist_ok=True)
     for log_file in LOGS:  # of a run that was killed before its first checkpoint
         (out / log_file).unlink(missing_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    with written_whole(out / "config.json") as file:
+        file.write(json.dumps(asdict(config), indent=2) + "\n")
     log({"step": 0} | evaluation(0, policy, task, slots, config), config)
     return 0
 

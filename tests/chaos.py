@@ -111,7 +111,9 @@ def killed(name, flags, kills, rng):
         while True:
             pid = start(flags, folder)
             time.sleep(rng.uniform(0.0, 1.1 * seconds) if dealt < kills else 10 * seconds)
-            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                assert status == 0, Path("output").read_text()
                 break
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
