@@ -18,13 +18,14 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
-
 from conftest import LOUD, metrics, random_model
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import data
 import retrieval
@@ -57,6 +58,7 @@ def forked(main):
     os.dup2(out, 1)
     os.dup2(out, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    tqdm.set_lock(threading.RLock())  # PITFALL: its own is shared by all forks, and one that is killed may hold it
     code = 1
     try:
         run_main(main)
