@@ -18,15 +18,23 @@ import os
 import random
 
 import torch
-from datasets import IterableDataset
-from trl import GRPOConfig, GRPOTrainer
 
 import data
-from data import Parser, run_main
+from data import Mistake, Parser, run_main
 from eval import evaluate
 from searchr1 import outcome_reward, rollout
 
 QUESTIONS, GROUP, UPDATES = 48, 5, 4  # a step of train.py: 48 questions, five conversations each, four updates
+
+
+def packages():
+    """What only this file needs -> (datasets, trl). Mistake if they are not installed."""
+    try:
+        import datasets
+        import trl
+    except ImportError:
+        raise Mistake("TRL is not installed: pip install -r course/requirements-outgrow.txt") from None
+    return datasets, trl
 
 
 def carried_over(rollouts):
@@ -79,7 +87,8 @@ class Environment:
 
 def make_trainer(policy, environment, output, steps, processes=1, **values):
     """The paper's GRPO with the values of train.py, in TRL's words."""
-    args = GRPOConfig(
+    datasets, trl = packages()
+    args = trl.GRPOConfig(
         output_dir=str(output), max_steps=steps * UPDATES, num_generations=GROUP, steps_per_generation=UPDATES,
         per_device_train_batch_size=QUESTIONS * GROUP // UPDATES // processes, gradient_accumulation_steps=1,
         max_completion_length=environment.settings.max_length, temperature=1.0, beta=0.001, epsilon=0.2,
@@ -88,10 +97,9 @@ def make_trainer(policy, environment, output, steps, processes=1, **values):
         warmup_steps=5 * UPDATES, bf16=False, use_cpu=not torch.cuda.is_available(), seed=environment.seed,
         logging_steps=5 * UPDATES, activation_checkpointing=False, save_strategy="no", report_to="none", **values,
     )  # fmt: skip
-    questions = IterableDataset.from_generator(environment.stream)
-    return GRPOTrainer(
-        policy, reward, args, questions, processing_class=environment.tokenizer, rollout_func=environment.converse
-    )
+    questions = datasets.IterableDataset.from_generator(environment.stream)
+    own = {"processing_class": environment.tokenizer, "rollout_func": environment.converse}
+    return trl.GRPOTrainer(policy, reward, args, questions, **own)
 
 
 def tiny(seed):
@@ -107,6 +115,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=100, help=f"of {QUESTIONS} questions x {GROUP}, {UPDATES} updates")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    packages()  # before a base model is made for nothing
     policy, environment, held_out = tiny(args.seed)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # that accelerate started
     trainer = make_trainer(policy, environment, args.output, args.steps, processes)

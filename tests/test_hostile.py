@@ -27,7 +27,7 @@ from data import Mistake, load_questions
 from retrieval import HttpEngine, Passage, SearchFailed, load_passages, split_contents
 
 often = settings(
-    max_examples=int(os.environ.get("HOSTILE", 60)), deadline=None, derandomize=True, database=None,
+    max_examples=int(os.environ.get("HOSTILE", 30)), deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 
