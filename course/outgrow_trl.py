@@ -1,7 +1,7 @@
-"""The same environment inside another trainer: TRL's GRPOTrainer, on as many processes as accelerate starts.
+"""The same environment inside another trainer: TRL's GRPOTrainer, on as many processes as you start.
 
     pip install -r course/requirements-outgrow.txt
-    accelerate launch --cpu --num_processes 2 -m course.outgrow_trl --output outputs/trl
+    torchrun --nproc_per_node 2 -m course.outgrow_trl --output outputs/trl
     python eval.py --checkpoint outputs/trl
 
 Ours stay: questions, conversation, search engine, response mask, reward. TRL's are: advantages, loss, optimiser, the
@@ -117,7 +117,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     packages()  # before a base model is made for nothing
     policy, environment, held_out = tiny(args.seed)
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # that accelerate started
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # that torchrun started
     trainer = make_trainer(policy, environment, args.output, args.steps, processes)
     trainer.train()
     trainer.save_model(args.output)
