@@ -471,7 +471,6 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
     mean = lambda values: sum(values) / len(rollouts)
     equal = len(equal_groups(rewards_B, config))
     own, response = [sum(r.response_mask) for r in rollouts], [len(r.ids) - r.prompt_length for r in rollouts]
-    of_kind = {hops: [r.num_searches for r in rollouts if r.question.hops == hops] for hops in (1, 2)}
     return {
         "step": step, "reward/mean": rewards_B.mean().item(), "reward/std": rewards_B.std(correction=0).item(),
         "reward/em": em_B.mean().item(), "frac_reward_zero_std": equal * config.group_size / len(rollouts),
@@ -479,11 +478,16 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
         "response_length/mean": mean(response), "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
         "env/number_of_valid_search": mean([r.num_searches for r in rollouts]),
-        **{f"env/searches_{hops}hop": sum(some) / len(some) for hops, some in of_kind.items() if some},
+        **searches_by_hops(rollouts),
         "env/finish_ratio": mean([r.finished for r in rollouts]), "state_tokens/coverage": sum(own) / sum(response),
         "tokens_per_s": sum(len(r.ids) for r in rollouts) / costs.seconds, **costs.metrics,
         "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
     }  # fmt: skip
+
+def searches_by_hops(rollouts):
+    """Rollouts -> mean searches of one-hop and of two-hop questions, as the log names them, where there are any."""
+    of_kind = {hops: [r.num_searches for r in rollouts if r.question.hops == hops] for hops in (1, 2)}
+    return {f"env/searches_{hops}hop": sum(some) / len(some) for hops, some in of_kind.items() if some}
 
 def evaluation(step, policy, task, slots, config):
     """Greedy on the held-out sample -> metrics, printed in a line; one conversation is kept in samples.jsonl. In the
@@ -588,7 +592,7 @@ def tidy(out, keep):
     checkpoints = sorted(out.glob("checkpoint-*"), key=step_of)
     for older in checkpoints[:-1]:
         (older / "trainer_state.pt").unlink(missing_ok=True)
-    em = {record["step"]: record.get("eval/em", -1.0) for record in read_runs([out])[out.name]}
+    em = {record["step"]: record.get("eval/em", -1.0) for record in read_log(out / "metrics.jsonl")}
     best = max(checkpoints, key=lambda checkpoint: (em.get(step_of(checkpoint), -1.0), step_of(checkpoint)))
     for older in checkpoints[:-keep] if keep else ():
         if older != best:
@@ -662,7 +666,7 @@ def orderly_end(models, task, config):
         with shortage_named(config):
             yield stop
     except (SearchFailed, Mistake) as error:
-        step = read_runs([out])[out.name][-1]["step"]
+        step = read_log(out / "metrics.jsonl")[-1]["step"]
         kept = f"saved after step {step}"
         if not (out / f"checkpoint-{step}").exists():
             save_checkpoint(step, models, task.tokenizer, config)

@@ -23,6 +23,7 @@ import data
 from data import Mistake, Parser, run_main
 from eval import evaluate
 from searchr1 import outcome_reward, rollout
+from train import searches_by_hops
 
 QUESTIONS, GROUP, UPDATES = 48, 5, 4  # a step of train.py: 48 questions, five conversations each, four updates
 
@@ -79,13 +80,11 @@ class Environment:
         policy.eval()  # PITFALL: while it trains with checkpointed layers, transformers takes the cache away
         rollouts = rollout(policy, self.tokenizer, asked, self.search, *how)
         policy.train()
-        for hops in (1, 2):
-            if some := [r.num_searches for r in rollouts if r.question.hops == hops]:
-                self.searched[f"env/searches_{hops}hop"] = sum(some) / len(some)
+        self.searched |= searches_by_hops(rollouts)
         return carried_over(rollouts)
 
 
-def make_trainer(policy, environment, output, steps, processes=1, **values):
+def make_trainer(policy, environment, output, steps, processes=1):
     """The paper's GRPO with the values of train.py, in TRL's words."""
     datasets, trl = packages()
     args = trl.GRPOConfig(
@@ -95,7 +94,7 @@ def make_trainer(policy, environment, output, steps, processes=1, **values):
         loss_type="bnpo", scale_rewards="group",  # [D7] the mean over the tokens of a minibatch; [Eq. 3] the deviation
         learning_rate=5e-4, adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="constant_with_warmup",
         warmup_steps=5 * UPDATES, bf16=False, use_cpu=not torch.cuda.is_available(), seed=environment.seed,
-        logging_steps=5 * UPDATES, activation_checkpointing=False, save_strategy="no", report_to="none", **values,
+        logging_steps=5 * UPDATES, activation_checkpointing=False, save_strategy="no", report_to="none",
     )  # fmt: skip
     questions = datasets.IterableDataset.from_generator(environment.stream)
     own = {"processing_class": environment.tokenizer, "rollout_func": environment.converse}

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from data import Mistake, Parser, run_main
-from eval import aligned, bootstrap_interval
+from eval import aligned, bootstrap_interval, read_log
 from retrieval import written_whole
 
 COLUMNS = "model method hops n em em_low em_high f1 searches tokens steps hours".split()
@@ -22,7 +22,7 @@ def origin(checkpoint):
     if not (run / "metrics.jsonl").exists():
         return Path(checkpoint).name, None, 0, 0.0
     config = json.loads((run / "config.json").read_text())
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_log(run / "metrics.jsonl")
     timed = [r[key] for r in records if r["step"] <= int(steps) for key in r if key.startswith("timing_s/")]
     model, _, _, before = origin(config["model"]) if config["model"] else ("tiny", None, 0, 0.0)
     changes = " no search" * config["no_search"] + " no mask" * config["no_mask"]

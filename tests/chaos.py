@@ -15,6 +15,7 @@ import copy
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -187,7 +188,7 @@ def faults(rng):
 def spoiled(file, size):
     """A copy of the whole run with one of its files cut off, or gone."""
     folder = f"spoiled-{file.replace('/', '-')}-{size}"
-    os.system(f"cp -r whole-grpo {folder}")
+    shutil.copytree("whole-grpo", folder)
     path = Path(folder) / file
     path.unlink() if size is None else path.write_bytes(path.read_bytes()[:size])
     return folder
