@@ -107,14 +107,15 @@ def test_questions_are_drawn_by_type(world):
 
 def test_the_share_of_two_hop_questions_leans_against_the_drift():
     """Claim: the less the policy searches, the more questions take two searches; both kinds count alike, however many
-    there were. A policy that searches as it should gets three in four, and so does the first step, of which nothing is
-    known.
-    Fails if: two_hop_share adds the searches instead of subtracting them, or has no bounds.
+    there were. The first step, of which nothing is known, gets three in four, a policy that searches as it should one
+    in two.
+    Fails if: two_hop_share adds the searches instead of subtracting them, has no bounds, or does not look at the
+    difference of the kinds.
     """
     share = lambda one, two: data.two_hop_share({"env/searches_1hop": one, "env/searches_2hop": two})
-    assert data.two_hop_share({}) == data.two_hop_share({"env/searches_2hop": 1.5}) == share(1, 2) == 0.75
-    drifting = [share(0, 0), share(1, 1), share(1.2, 1.6), share(2, 2), share(3, 3)]
-    assert drifting == pytest.approx([0.9, 0.9, 0.85, 0.25, 0.2])
+    assert data.two_hop_share({}) == data.two_hop_share({"env/searches_2hop": 1.5}) == share(1.5, 1.5) == 0.75
+    drifting = [share(0, 0), share(1, 1), share(1.2, 1.6), share(1, 2), share(2, 2), share(2, 1), share(3, 3)]
+    assert drifting == pytest.approx([0.9, 0.9, 0.75, 0.5, 0.25, 0.75, 0.2])
 
 
 def test_the_fixed_sample_is_fixed_and_balanced(world):
