@@ -769,7 +769,7 @@ def parse_flags(argv):
     for f in fields(Config):
         how = {"default": None, "help": f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")}
         if isinstance(f.default, bool):
-            how |= {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
+            how |= {"action": "store_true" if f.name.startswith("no_") else argparse.BooleanOptionalAction}
         else:
             how |= {"type": type(f.default), "choices": CHOICES.get(f.name)}
         parser.add_argument("--" + f.name.replace("_", "-"), **how)

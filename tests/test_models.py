@@ -418,6 +418,16 @@ LITERAL = {
 }  # fmt: skip
 
 
+def test_what_a_preset_switches_on_a_flag_switches_off():
+    """Claim: every switch that is on in some preset has a --no- form.
+    Fails if: only the switches that are on in train.py's own defaults have one, as once.
+    """
+    on = {name for values in models.PRESETS.values() for name, value in values.items() if value is True}
+    assert {"easy_first", "gradient_checkpointing", "recompute_old_logprobs"} <= on
+    for name in on:
+        assert train.parse_flags([f"--no-{name.replace('_', '-')}"]) == {name: False}
+
+
 @pytest.mark.parametrize("name", LITERAL)
 def test_a_preset_is_these_values(name):
     """Claim: --preset NAME --algo ALGO sets exactly the values that stand here, all of them.
