@@ -568,7 +568,7 @@ def test_the_kernels_compile_for_real_gpus_without_spilling(compiling):
 
 # ----- The benchmark -----
 
-SMALL = "--rows 40 --vocabulary 300 --dim 16 --repeats 1 --skip compile".split()
+SMALL = "--rows 40 --vocabulary 300 --dim 16 --dtype float32 --repeats 1 --skip compile".split()
 
 
 def table(capsys):

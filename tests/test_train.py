@@ -476,7 +476,7 @@ def test_rejection_sampling_imitates_the_base_models_right_rollouts(small_base, 
     run = "--algo rejection --steps 2 --batch-size 6 --eval-limit 2 --max-turns 2 --max-new-tokens 8".split()
     train.main(run + ["--output-dir", "run", "--lr", "0.1"] + flags)
     base, task = train.load_run(train.Config())
-    settings, generator = Settings(2, 8, 64, 256, invalid_message="paper"), torch.Generator().manual_seed(2)
+    settings, generator = Settings(2, 8, 64, 256, invalid_message="paper"), torch.Generator(base.device).manual_seed(2)
     asked = [r.question for r in seen[1][::5]]
     untouched = searchr1.rollout(base, task.tokenizer, asked, task.search, settings, 5, generator=generator)
     assert [r.ids for r in seen[1]] == [r.ids for r in untouched]
@@ -637,7 +637,7 @@ def test_a_search_engine_that_goes_away_ends_the_run_and_loses_no_step(small_bas
     the run in which the engine never failed. No rollout is trained on without its passages.
     Fails if: train catches SearchFailed and goes on, or saves under the number of the step that failed.
     """
-    run = SMALL + ["--steps", "3", "--eval-every", "9", "--seed", "0"]
+    run = SMALL + ["--steps", "3", "--eval-every", "9", "--seed", "0", "--device", "cpu"]  # its draws search in step 3
     train.main(run + ["--output-dir", "whole"])
     load_run = train.load_run
 
