@@ -711,7 +711,8 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     @functools.lru_cache(maxsize=2)
     def order(epoch):  # sorting and shuffling once an epoch, not at every step
         shuffled = random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
-        return sorted(shuffled, key=lambda q: (q.hops, rank.get(q, 0))) if epoch == 0 else shuffled
+        first = config.easy_first and epoch == 0
+        return sorted(shuffled, key=lambda q: (q.hops, rank[q])) if first else shuffled
 
     def draw(step, _):  # a function of the step alone, so that a resumed run goes on as planned
         epoch, first = divmod((step - 1) * config.batch_size, len(questions))

@@ -1137,8 +1137,10 @@ def test_the_cold_start_shows_the_form_and_no_answer(real_shape, monkeypatch):
 
 def test_easy_questions_come_first(here):
     """Claim: --easy-first orders the first epoch by hops, then by the place of the first passage with a gold answer
-    when the question itself is the query; the second epoch is shuffled. The engine has the patience that was asked for.
-    Fails if: draw() sorts every epoch or forgets the hops, or first_ranks counts a passage without a gold answer.
+    when the question itself is the query; the second epoch is shuffled, and so is every one without the flag. The
+    engine has the patience that was asked for.
+    Fails if: draw() sorts every epoch, sorts without the flag (`config.easy_first and` dropped), or forgets the hops;
+    first_ranks counts a passage without a gold answer.
     """
     passages = [(f"Hill {i}", f"hill {i} of the fog is {word}") for i, word in enumerate(("red", "blue", "green"))]
     here("p.jsonl", *[{"id": str(i), "contents": f'"{t}"\n{text}'} for i, (t, text) in enumerate(passages)])
@@ -1158,6 +1160,8 @@ def test_easy_questions_come_first(here):
     assert [q.id for q in task.draw(1, {})] == ["3", "0", "2", "1"]
     assert any([q.id for q in task.draw(step, {})] != ["3", "0", "2", "1"] for step in range(2, 12))
     assert all(sorted(q.id for q in task.draw(step, {})) == ["0", "1", "2", "3"] for step in range(1, 12))
+    seeds = [train.load_run(train.parse_config(files + ["--seed", str(seed)]))[1] for seed in range(3)]
+    assert any([q.hops for q in task.draw(1, {})] != [1, 1, 1, 2] for task in seeds)
 
 
 def test_a_tracker_gets_the_lines_of_the_log(small_base, monkeypatch):
