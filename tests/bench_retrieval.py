@@ -2,7 +2,7 @@
 
     python tests/bench_retrieval.py index [--n 1000000] [--dim 384]        kinds of FAISS index side by side
     python tests/bench_retrieval.py recall QUESTIONS PASSAGES [--encoder DIR] [--cross-encoder DIR]
-    python tests/bench_retrieval.py server [--requests 2000] [--clients 16] [--hostile 500]
+    python tests/bench_retrieval.py server [--requests 10000] [--clients 64]
 
 index: synthetic unit vectors. Uniform ones would all be equally far from each other, and no index could do better than
 to read them all. Embeddings come in clusters and use few directions, so the vectors are drawn from a mixture: 2000
@@ -13,7 +13,9 @@ recall: the share of a question's supporting titles (metadata.supporting_facts, 
 HotpotQA) among the first 3 and 10 passages, and the time per query with all queries in one batch. If bm25s is
 installed, the scores of our BM25 are compared with those of bm25s.
 
-server: concurrent clients, each answer compared with the direct call; then hostile requests; memory of the process.
+server: `retrieval.py serve` in a process of its own, and beside it, where fastapi and uvicorn are installed, an app as
+the official server is one, on the same index. Many clients ask at once; every tenth request is hostile: malformed, cut
+off, slow, huge. Each good answer is compared with the direct call. Then memory and threads of the server.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import os
 import random
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -37,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import retrieval
 from course.rerank import Reranker
-from retrieval import BM25, Dense, HashedEncoder, HttpEngine, SearchEngine, Server, TransformerEncoder
+from retrieval import BM25, Dense, HashedEncoder, HttpEngine, SearchEngine, TransformerEncoder
 
 
 def resident():
@@ -165,70 +168,114 @@ def compare_bm25(bm25, passages, questions):
 # ----- The server under load -----
 
 
-def server_load(requests, clients, hostile):
-    rng = random.Random(0)
+def server_load(requests, clients):
+    rng, names = random.Random(0), [f"name{i}" for i in range(2000)]
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "passages.jsonl"
-        names = [f"name{i}" for i in range(2000)]
         records = ({"id": str(i), "contents": f'"T{i}"\n{" ".join(rng.choices(names, k=40))}'} for i in range(5000))
         corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
-        engine = retrieval.build_index(retrieval.load_passages(corpus))
-        direct = SearchEngine(engine.passages, engine.ranker)
-        server = Server(engine, port=0)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url, wrong, times = f"http://127.0.0.1:{server.server_port}/retrieve", [], []
+        direct = retrieval.build_index(retrieval.load_passages(corpus))
+        asked = []  # every question with its answer, found before the clock runs
+        for _ in range(500):
+            queries = [" ".join(rng.choices(names, k=3)) for _ in range(rng.randrange(1, 9))]
+            asked.append((queries, k := rng.randrange(1, 6), direct.search(queries, k)))
+        print("| server | good | wrong | p50 ms | p99 ms | good/s | hostile: what came back | MB before, after | threads |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        ours = [sys.executable, "retrieval.py", "serve", str(corpus), "--port", "0"]
+        peer = [sys.executable, "tests/bench_retrieval.py", "peer", str(corpus)]
+        for title, command in (("ours", ours), ("FastAPI and uvicorn", peer)):
+            if title != "ours" and not (importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn")):
+                print(f"| {title} | not installed | | | | | | | |")
+                continue
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+                url = next(word for line in process.stdout for word in line.split() if word.startswith("http://"))
+                print(f"| {title} | {load(url, process.pid, requests, clients, asked)} |", flush=True)
+                process.terminate()
 
-        def client(number):
-            draw = random.Random(number)
-            for _ in range(requests // clients):
-                queries = [" ".join(draw.choices(names, k=3)) for _ in range(draw.randrange(1, 9))]
-                k = draw.randrange(1, 6)
-                start = time.perf_counter()
-                got = HttpEngine(url).search(queries, k)
-                times.append(time.perf_counter() - start)
-                if got != direct.search(queries, k):
-                    wrong.append(queries)
 
-        start = time.perf_counter()
-        everyone = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
-        [c.start() for c in everyone]
-        [c.join() for c in everyone]
-        spent, middle = time.perf_counter() - start, 1000 * statistics.median(times)
-        print(
-            f"{len(times)} requests of {clients} clients in {spent:.1f} s (including the direct calls that they are "
-            f"compared with), median {middle:.1f} ms; {len(wrong)} wrong answers"
-        )
-        before, statuses = resident(), {}
-        for i in range(hostile):
-            status = hostile_request(server.server_port, i, rng)
-            statuses[status] = statuses.get(status, 0) + 1
-        print(f"{hostile} hostile requests: {dict(sorted(statuses.items(), key=str))}")
-        alive = HttpEngine(url).search(["name1 name2"], 3) == direct.search(["name1 name2"], 3)
-        grown = (resident() - before) / 1e6
-        print(f"still serving: {alive}; memory grew by {grown:.1f} MB; {threading.active_count()} threads")
+def load(url, pid, requests, clients, asked):
+    """Ask a server from many threads -> the cells of its row."""
+    port, times, wrong, statuses = int(url.split(":")[2].split("/")[0]), [], [], {}
+
+    def client(number):
+        draw = random.Random(number)
+        for i in range(requests // clients):
+            if i % 10 == 9:
+                status = hostile_request(port, number + i // 10, draw)
+                statuses[status] = statuses.get(status, 0) + 1
+                continue
+            queries, k, want = draw.choice(asked)
+            start = time.perf_counter()
+            got = HttpEngine(url).search(queries, k)
+            times.append(time.perf_counter() - start)
+            if got != want:
+                wrong.append(queries)
+
+    client(0)  # warm
+    times.clear(), statuses.clear()
+    before, start = held(pid), time.perf_counter()
+    everyone = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    [c.start() for c in everyone]
+    [c.join() for c in everyone]
+    spent, ordered = time.perf_counter() - start, sorted(times)
+    time.sleep(1)  # connections that were cut off come to their end
+    (megabytes, threads), (first, idle) = held(pid), before
+    p50, p99 = (1000 * ordered[int(share * len(ordered))] for share in (0.5, 0.99))
+    came = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items(), key=str))
+    memory = f"{first:.0f}, {megabytes:.0f} | {idle}, {threads}"
+    return f"{len(times)} | {len(wrong)} | {p50:.1f} | {p99:.1f} | {len(times) / spent:.0f} | {came} | {memory}"
+
+
+def held(pid):
+    """Resident memory in MB and threads of a process (Linux)."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"])
+
+
+def peer(corpus):
+    """The official server's shape on our index: one async endpoint of FastAPI, served by uvicorn."""
+    import fastapi
+    import uvicorn
+
+    engine, app = retrieval.build_index(retrieval.load_passages(corpus)), fastapi.FastAPI()
+
+    @app.post("/retrieve")
+    def retrieve(request: dict):
+        found = engine.search_scores(request["queries"], request.get("topk") or 3)
+        answer = [[{"document": {"id": p.id, "contents": p.contents}, "score": s} for p, s in pairs] for pairs in found]
+        return {"result": answer}
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threading.Timer(1, lambda: print(f"http://127.0.0.1:{port}/retrieve", flush=True)).start()
+    uvicorn.run(app, port=port, log_level="critical")
 
 
 def hostile_request(port, i, rng):
-    """Send one of seven kinds of bad request -> the HTTP status, or what happened instead."""
+    """Send one of eight kinds of bad request -> the HTTP status, or what happened instead."""
     head = lambda length: b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length
     bodies = [
-        b"{broken",
-        b"[" * 50000,
-        rng.randbytes(2000),
-        json.dumps({"queries": [{}]}).encode(),
+        b"{broken", b"[" * 50000, rng.randbytes(2000), json.dumps({"queries": [{}]}).encode(),
         b'{"queries": ["a"], "topk": 1e99}',
-    ]
-    kind = i % 7
+    ]  # fmt: skip
+    kind = i % 8
     if kind < 5:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        connection.request("POST", "/retrieve" if i % 3 else "/nothing", bodies[kind])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/retrieve", bodies[kind], {"Content-Type": "application/json"})
         return connection.getresponse().status
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
         if kind == 5:  # a body far over the limit, announced and begun
             client.sendall(head(10**12) + b"x" * 10000)
-            return client.recv(100).split(b" ")[1].decode() + " (huge)"
-        client.sendall(head(1000) + b"{")  # half a body, then a hang-up
-        return "hung up"
+            client.settimeout(2)
+            try:
+                return client.recv(100).split(b" ")[1].decode() + " (huge)"
+            except (TimeoutError, OSError):
+                return "waits (huge)"
+        client.sendall(head(1000) + b"{")  # half a body
+        if kind == 6:
+            time.sleep(0.5)
+        return "hung up" if kind == 7 else "slow, hung up"
 
 
 def main(argv=None):
@@ -244,10 +291,12 @@ def main(argv=None):
     p.add_argument("--encoder", help="folder or hub id of an encoder")
     p.add_argument("--cross-encoder", help="folder or hub id of a cross-encoder")
     p = commands.add_parser("server")
-    for name, default in (("requests", 2000), ("clients", 16), ("hostile", 500)):
-        p.add_argument(f"--{name}", type=int, default=default)
+    p.add_argument("--requests", type=int, default=10_000)
+    p.add_argument("--clients", type=int, default=64)
+    commands.add_parser("peer").add_argument("corpus")
     args = vars(parser.parse_args(argv))
-    {"index": index_table, "recall": recall_table, "server": server_load}[args.pop("command")](**args)
+    command = {"index": index_table, "recall": recall_table, "server": server_load, "peer": peer}[args.pop("command")]
+    command(**args)
 
 
 if __name__ == "__main__":
