@@ -127,6 +127,7 @@ class Config:
     eval_limit: int = flag(400, "questions of an evaluation, a fixed sample")
     save_every: int = flag(0, "steps between checkpoints; 0: only at the end (and when interrupted)")
     keep: int = flag(2, "newest checkpoints that stay, besides the one with the best evaluation; 0: all")
+    stop_on_collapse: bool = flag(False, "save and end at the first warning; checkpoint and best one stay")
     wandb: str = flag("", "project of Weights & Biases that gets the lines of metrics.jsonl, too")
 
     @property
@@ -155,7 +156,8 @@ def train(config, policy, task):
     start = restore(models, config)
     if start is None:
         start = first_evaluation(config, policy, task, slots)
-    record = read_log(out / "metrics.jsonl")[-1]  # of the last step
+    history, ill = read_log(out / "metrics.jsonl"), []  # what is logged so far; what looked ill in the last step
+    record = history[-1]
 
     bar = tqdm(initial=start, total=config.steps, desc=config.algo)
     with orderly_end(models, task, config) as stop, bar:
@@ -194,6 +196,12 @@ def train(config, policy, task):
             # Phase 7. Log.
             record = measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config)
             bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
+            history, known = history + [record], ill
+            ill = health(history[1:], config)
+            for sign in set(ill) - set(known):
+                tqdm.write(f"step {step}: {sign}")
+            if ill and config.stop_on_collapse:
+                stop.append("collapse")
 
             # Phase 8. Evaluate and save.
             try:
@@ -476,6 +484,8 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
         "reward/em": em_B.mean().item(), "frac_reward_zero_std": equal * config.group_size / len(rollouts),
         **({"redrawn_groups": redrawn} if config.redraws else {}), **losses,
         "response_length/mean": mean(response), "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
+        "response_length/at_limit": mean([len(r.ids) >= config.max_length - 1 for r in rollouts]),
+        "env/repeated_search": mean([len(set(r.searches)) < len(r.searches) for r in rollouts]),
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
         "env/number_of_valid_search": mean([r.num_searches for r in rollouts]),
         **searches_by_hops(rollouts),
@@ -483,6 +493,27 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
         "tokens_per_s": sum(len(r.ids) for r in rollouts) / costs.seconds, **costs.metrics,
         "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
     }  # fmt: skip
+
+def health(records, config):
+    """Metrics of the steps so far -> what looks ill in the last five, beside the first five, and what helps. Healthy
+    runs of the tiny world stay below the bounds (LOG.md, 29)."""
+    if len(records) < 10:
+        return []
+    mean = lambda part, name: sum(r.get(name, 0.0) for r in part) / 5
+    now, then = (functools.partial(mean, part) for part in (records[-5:], records[:5]))
+    grew = lambda name, least, times: now(name) > max(least, times * then(name))
+    dull = config.group_size > 1 and now("frac_reward_zero_std") > 0.9 and now("reward/mean") < 0.5
+    lost = [name for name in ("env/ratio_of_valid_action", "env/finish_ratio") if now(name) < 0.8 * then(name)]
+    signs = {
+        "it writes more and more at random (entropy): lower --lr, raise --kl-coef": grew("entropy", 1.0, 2),
+        "it is far from where it began (kl): lower --lr, raise --kl-coef": grew("kl", 1.0, 2),
+        "gradients grow (grad_norm): larger batches, or a lower --lr": grew("grad_norm", 2 * config.max_grad_norm, 3),
+        "turns or conversations fall apart (" + ", ".join(lost) + "): lower --lr, or --reward format": lost,
+        "hardly a group teaches anything: --redraws 2, --reward em+f1, easier questions": dull,
+        "conversations end for want of room: raise --max-length": grew("response_length/at_limit", 0.2, 2),
+        "it searches for the same again and again: lower --lr": grew("env/repeated_search", 0.3, 2),
+    }
+    return [sign for sign, seen in signs.items() if seen]
 
 def searches_by_hops(rollouts):
     """Rollouts -> mean searches of one-hop and of two-hop questions, as the log names them, where there are any."""
@@ -761,7 +792,7 @@ NOT_NEGATIVE = ("search_patience max_turns redraws clip_high kl_coef warmup_step
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
 RESUME_MAY_CHANGE = {
     "steps", "save_every", "keep", "slots", "micro_batch_tokens", "gradient_checkpointing", "no_cuda_graphs", "wandb",
-    "search_patience",
+    "search_patience", "stop_on_collapse",
 }  # fmt: skip
 
 def parse_flags(argv):

@@ -527,6 +527,7 @@ def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
     lines = metrics("run")
     names = "reward/mean reward/std frac_reward_zero_std kl entropy clip_ratio grad_norm lr response_length/mean "
     names += "env/number_of_actions env/ratio_of_valid_action env/number_of_valid_search env/finish_ratio "
+    names += "response_length/at_limit env/repeated_search "
     names += "state_tokens/coverage"
     assert [line["step"] for line in lines] == [0, 1]
     assert set(names.split()) <= set().union(*lines[1:]) and all(v == v for line in lines for v in line.values())
@@ -713,6 +714,37 @@ def test_an_evaluation_is_told_in_words():
     said = "100% of one-hop questions right, 1.2 searches; 50% of two-hop questions right, 1.9 searches; "
     said += "one-hop questions now take 1 search instead of 2"
     assert train.in_words(new | hops(1.2, 1.9), old | hops(1.8, 2.2)) == said
+
+
+def test_what_looks_ill_is_said_in_words_and_a_healthy_run_is_left_alone():
+    """Claim: each sign shows in the mean of five steps, beside that of the first five, from step 10 on; equal rewards
+    are no sign once they are high, or without groups.
+    Fails if: a bound of health is turned round (`now(name) < 0.8` -> `>`), or it looks at the first steps twice.
+    """
+    well = {"entropy": 0.6, "kl": 0.3, "grad_norm": 0.5, "env/ratio_of_valid_action": 0.9, "env/finish_ratio": 0.9,
+            "frac_reward_zero_std": 0.8, "reward/mean": 0.1}  # fmt: skip
+    said = lambda config=train.Config(), **new: train.health([well] * 6 + [well | new] * 5, config)
+    assert said() == train.health([well] * 4 + [well | {"entropy": 9}] * 5, train.Config()) == []
+    ill = {"entropy": 1.3, "kl": 1.1, "grad_norm": 2.1, "env/finish_ratio": 0.6, "env/ratio_of_valid_action": 0.6,
+           "frac_reward_zero_std": 0.95, "response_length/at_limit": 0.3, "env/repeated_search": 0.4}  # fmt: skip
+    signs = [said(**{name: value}) for name, value in ill.items()]
+    assert [len(sign) for sign in signs] == [1] * 8 and len({sign[0] for sign in signs}) == 8
+    assert "entropy" in signs[0][0] and "finish_ratio" in signs[3][0] and "--max-length" in signs[6][0]
+    assert said(frac_reward_zero_std=1.0, **{"reward/mean": 0.9}) == []
+    assert said(train.Config(group_size=1), frac_reward_zero_std=1.0) == []
+
+
+def test_a_collapse_is_told_once_and_ends_the_run_if_asked(small_base, monkeypatch, capsys):
+    """Claim: a sign is told when it appears and not at every step; --stop-on-collapse saves that step and ends there.
+    Fails if: train() tells all signs each time (`- set(known)` dropped), or does not look at the flag.
+    """
+    monkeypatch.setattr(train, "health", lambda records, config: ["it burns"] if len(records) > 1 else [])
+    train.main(SMALL + ["--steps", "4", "--output-dir", "on"])
+    assert capsys.readouterr().out.count("it burns") == 1 and len(metrics("on")) == 5
+    with pytest.raises(SystemExit):
+        train.main(SMALL + ["--steps", "4", "--output-dir", "off", "--stop-on-collapse"])
+    assert "step 2: it burns" in capsys.readouterr().out
+    assert len(metrics("off")) == 3 and Path("off/checkpoint-2/trainer_state.pt").exists()
 
 
 def test_searches_are_counted_by_hops_and_steer_the_next_questions(small_base):
