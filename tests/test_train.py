@@ -734,6 +734,24 @@ def test_what_looks_ill_is_said_in_words_and_a_healthy_run_is_left_alone():
     assert said(train.Config(group_size=1), frac_reward_zero_std=1.0) == []
 
 
+def test_a_step_counts_rollouts_without_room_and_queries_asked_twice():
+    """Claim: of four rollouts, one at the limit of its length and one that asked the same twice, a quarter each; of the
+    three that ended in an answer, three quarters.
+    Fails if: measure() compares with another length (`- 1` -> `- 2`) or counts every second search (`set(r.searches)`
+    -> `r.searches[:1]`).
+    """
+    question, config = Question("0", "?", ("x",)), train.Config(max_length=10, group_size=2)
+    lists = lambda n: ([1] * n, [False] + [True] * (n - 1), [0.0] * n)
+    full, twice, two, short = (searchr1.Rollout(question, *lists(n), 1, turns=["t"]) for n in (9, 8, 7, 5))
+    twice.searches, two.searches = ["a", "a"], ["a", "b"]
+    twice.finished = two.finished = short.finished = True
+    costs = train.Costs(torch.device("cpu"))
+    costs.end("rollout")
+    record = train.measure(1, [full, twice, two, short], 0, torch.zeros(4), torch.zeros(4), {}, costs, config)
+    assert record["response_length/at_limit"] == record["env/repeated_search"] == 0.25
+    assert record["env/finish_ratio"] == 0.75 and record["env/number_of_valid_search"] == 1.0
+
+
 def test_a_collapse_is_told_once_and_ends_the_run_if_asked(small_base, monkeypatch, capsys):
     """Claim: a sign is told when it appears and not at every step; --stop-on-collapse saves that step and ends there.
     Fails if: train() tells all signs each time (`- set(known)` dropped), or does not look at the flag.
