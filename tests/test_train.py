@@ -1,6 +1,7 @@
 """Claims about the loop, on models too small to learn anything: what is checked is that the arithmetic is right, and
 that a run survives what happens to it."""
 
+import ast
 import copy
 import functools
 import itertools
@@ -750,6 +751,16 @@ def test_a_step_counts_rollouts_without_room_and_queries_asked_twice():
     record = train.measure(1, [full, twice, two, short], 0, torch.zeros(4), torch.zeros(4), {}, costs, config)
     assert record["response_length/at_limit"] == record["env/repeated_search"] == 0.25
     assert record["env/finish_ratio"] == 0.75 and record["env/number_of_valid_search"] == 1.0
+
+
+def test_no_script_asks_what_time_it_is():
+    """Claim: a clock that jumps changes nothing: durations come from clocks that only run on.
+    Fails if: SearchFailed waits by time.time() instead of time.monotonic().
+    """
+    asking = {"time.time", "time.ctime", "time.localtime", "time.gmtime", "datetime.now", "datetime.datetime.now"}
+    for file in Path(train.__file__).parent.glob("*.py"):
+        calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)}
+        assert not calls & asking, file
 
 
 def test_a_collapse_is_told_once_and_ends_the_run_if_asked(small_base, monkeypatch, capsys):
