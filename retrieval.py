@@ -624,7 +624,8 @@ def main(argv=None):
             print("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line))  # no escapes for a terminal
     else:
         server = Server(engine_from(args.where), args.host, args.port, args.top_k)
-        print(f"{args.where} answers at http://{args.host}:{server.server_port}/retrieve", flush=True)
+        to = "this machine alone" if args.host in ("127.0.0.1", "localhost") else "every machine that can reach it"
+        print(f"{args.where} answers {to} at http://{args.host}:{server.server_port}/retrieve", flush=True)
         server.serve_forever()
 
 if __name__ == "__main__":

@@ -619,6 +619,16 @@ def server(corpus):
     server.server_close()
 
 
+def test_a_server_says_whom_it_answers(corpus, monkeypatch, capsys):
+    """Claim: unless asked otherwise it answers this machine alone; for any other address it says so.
+    Fails if: --host has another default than 127.0.0.1, or both lines read alike.
+    """
+    monkeypatch.setattr(Server, "serve_forever", lambda server: server.server_close())
+    for flags, whom in (([], "this machine alone"), (["--host", "0.0.0.0"], "every machine that can reach it")):
+        retrieval.main(["serve", str(corpus), "--port", "0", *flags])
+        assert f"answers {whom} at http://" in capsys.readouterr().out
+
+
 def post(server, body, path="/retrieve", **headers):
     """-> (HTTP status, JSON of the answer)"""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
