@@ -156,7 +156,7 @@ def train(config, policy, task):
     start = restore(models, config)
     if start is None:
         start = first_evaluation(config, policy, task, slots)
-    history, ill = read_log(out / "metrics.jsonl"), []  # the first and the last lines; what looked ill in the last step
+    history, told = read_log(out / "metrics.jsonl"), set()  # the first and the last lines; what was said to look ill
     record = history[-1]
 
     bar = tqdm(initial=start, total=config.steps, desc=config.algo)
@@ -196,11 +196,11 @@ def train(config, policy, task):
             # Phase 7. Log.
             record = measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config)
             bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
-            history, known = history[:6] + history[6:][-4:] + [record], ill
-            ill = health(history[1:], config)
-            for sign in set(ill) - set(known):
+            history = history[:6] + history[6:][-4:] + [record]
+            for sign in set(health(history[1:], config)) - told:
                 tqdm.write(f"step {step}: {sign}")
-            if ill and config.stop_on_collapse:
+                told.add(sign)
+            if told and config.stop_on_collapse:
                 stop.append("collapse")
 
             # Phase 8. Evaluate and save.
