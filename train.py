@@ -156,8 +156,8 @@ def train(config, policy, task):
     start = restore(models, config)
     if start is None:
         start = first_evaluation(config, policy, task, slots)
-    history, told = read_log(out / "metrics.jsonl"), set()  # the first and the last lines; what was said to look ill
-    record = history[-1]
+    records = read_log(out / "metrics.jsonl")
+    record, ill = records[-1], watcher(records[1:], config)  # of the last step
 
     bar = tqdm(initial=start, total=config.steps, desc=config.algo)
     with orderly_end(models, task, config) as stop, bar:
@@ -196,11 +196,7 @@ def train(config, policy, task):
             # Phase 7. Log.
             record = measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config)
             bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
-            history = history[:6] + history[6:][-4:] + [record]
-            for sign in set(health(history[1:], config)) - told:
-                tqdm.write(f"step {step}: {sign}")
-                told.add(sign)
-            if told and config.stop_on_collapse:
+            if ill(record) and config.stop_on_collapse:
                 stop.append("collapse")
 
             # Phase 8. Evaluate and save.
@@ -493,6 +489,20 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
         "tokens_per_s": sum(len(r.ids) for r in rollouts) / costs.seconds, **costs.metrics,
         "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
     }  # fmt: skip
+
+def watcher(records, config):
+    """Metrics of the steps so far -> a function that takes those of one more, tells each sign of health() once, and says
+    whether there were any."""
+    records, told = list(records), set()
+
+    def ill(record):
+        records[:] = records[:5] + records[5:][-4:] + [record]
+        for sign in set(health(records, config)) - told:
+            tqdm.write(f"step {record['step']}: {sign}")
+            told.add(sign)
+        return bool(told)
+
+    return ill
 
 def health(records, config):
     """Metrics of the steps so far -> what looks ill in the last five, beside the first five, and what helps. Healthy
