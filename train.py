@@ -491,7 +491,7 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
     }  # fmt: skip
 
 def watcher(records, config):
-    """Metrics of the steps so far -> a function that takes those of one more, tells each sign of health() once, and says
+    """Metrics of the steps so far -> a function that takes those of one more, tells each sign of health() once and says
     whether there were any."""
     records, told = list(records), set()
 
