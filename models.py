@@ -359,8 +359,8 @@ def predict_memory(policy, config, search_bytes=0):
     kept = len(learning) * (e * D if config.gradient_checkpointing else layer) + D * norm  # the last norm's
     once = layer * config.gradient_checkpointing + e * (3 * I + 2 * D)
     tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: at least one row
-    # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices), rows in
-    # e, their gradient in fp32 and in e.
+    # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices); rows,
+    # and the active ones of them, in e; their gradient in fp32 and in e.
     one_slice = 4 * tokens * default_chunk(tokens, V, device)
     logits = one_slice * (1 + e / 4 if on_card else 4) + tokens * D * (4 + 3 * e)
     logits += tokens * D * e * (config.kl_in == "loss" and config.kl_coef > 0)  # the reference's hidden states

@@ -11,7 +11,7 @@ answers. Its only training signal is whether the final answer is right.
     6. KL to the reference      Eq. 1            kl_k1, kl_k2, kl_k3
     7. advantages               Eq. 2, Eq. 3     gae, whiten, group_advantages
     8. losses                   Eq. 2, Eq. 3     policy_loss, value_loss
-    9. afterwards: the second paper's format reward, reading a rollout, a demonstration without a model
+    9. afterwards: the second paper's format reward; 10. reading a rollout, a demonstration without a model
 
 Shapes are suffixes: B rollouts, Q questions, G rollouts a question (B = Q*G), L positions of ids, T = L-1 predicted
 positions, V vocabulary, D hidden. L turns into T in one place, `collate`. The paper's budget of turns is `max_turns`.

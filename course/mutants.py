@@ -198,23 +198,48 @@ def killed(mutant, seconds=300):
     return error is not None, time.perf_counter() - began
 
 
+# What no run shows: the conversation ends before a second pair of tags, and no gold answer of a data set is empty.
+QUIET = "pairs[-1].strip() if pairs else None", "if answer is not None and normalize_answer(answer) else 0.0"
+HANDOUT = """# The bug hunt
+
+Three lines of this project do not do what the paper says, or the text beside the code. Find them, mend them, and write
+for each a test in `tests/test_hunt.py` that is red before and green after.
+
+- Read `searchr1.py`, `train.py` up to section 4, `engine.py`, `models.py` and `retrieval.py`. The other files are whole.
+- What is tagged [D1] to [D17] departs from the paper on purpose; the list stands at the head of the files.
+- The tests were taken away on purpose, and so were the comments right above the three lines. `tests/conftest.py` is
+  still there: small models, batches, scripted conversations.
+- Ask yourself of each mistake what a run would look like, and which metric would show it first.
+- Do not look into the hints of the exercises: some of them tell.
+"""
+
+
 def planted(seed):
-    """Seed of a student -> three mutants, each of another function: no test catches two of them."""
-    by_test = {}
-    for mutant in MUTANTS:
-        by_test.setdefault(mutant.test, []).append(mutant)
+    """Seed of a student -> three mutants, two in searchr1.py, caught by different tests, and one in another file."""
     rng = random.Random(f"bug hunt {seed}")
-    return [rng.choice(by_test[test]) for test in rng.sample(sorted(by_test), 3)]
+    by_test = {True: {}, False: {}}
+    for mutant in MUTANTS:
+        if mutant.old not in QUIET:
+            by_test[mutant.file == "searchr1.py"].setdefault(mutant.test, []).append(mutant)
+    tests = [(True, t) for t in rng.sample(sorted(by_test[True]), 2)] + [(False, rng.choice(sorted(by_test[False])))]
+    return [rng.choice(by_test[method][test]) for method, test in tests]
 
 
 def write_bughunt(out, seed):
-    """A folder that does not exist yet -> the project with three mistakes in it, and without tests: most mistakes turn
-    several of them red."""
+    """A folder that does not exist yet -> the project with three mistakes in it, with a handout, and without what tells
+    them: tests (most mistakes turn several of them red), and comments on the three lines or right above them."""
     out = copy_project(out, ("mutants.py",))
     for bug in planted(seed):
-        (out / bug.file).write_text(mutated(bug, out))
+        before, _, after = (out / bug.file).read_text().partition(bug.old)
+        lines = before.split("\n")
+        while len(lines) > 1 and lines[-2].strip().startswith("#"):
+            del lines[-2]
+        rest = after.split("\n")
+        rest[0] = rest[0].split("  # ")[0]
+        (out / bug.file).write_text("\n".join(lines) + bug.new.split("  # ")[0] + "\n".join(rest))
     for test in (out / "tests").glob("test_*.py"):
         test.unlink()
+    (out / "HUNT.md").write_text(HANDOUT)
 
 
 def main(argv=None):

@@ -164,17 +164,22 @@ def test_every_mutant_changes_a_line_that_exists_and_has_a_test():
 
 
 def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, monkeypatch, capsys):
-    """Claim: the three belong to three tests and depend on the seed; the folder has all three, but neither tests nor
-    the list of mutants. The check says which are mended.
-    Fails if: planted draws from all mutants at once, or write_bughunt leaves a test in place.
+    """Claim: the three belong to three tests and two files, show in a run, and depend on the seed; the folder has all
+    three and a handout, but neither tests, nor the list of mutants, nor a comment that tells. The check says which are
+    mended.
+    Fails if: planted draws from all mutants at once, or write_bughunt leaves a test or a comment above in place.
     """
     monkeypatch.chdir(tmp_path)
     assert len({tuple(mutants.planted(i)) for i in range(20)}) > 15 and mutants.planted(3) == mutants.planted(3)
     assert all(len({bug.test for bug in mutants.planted(i)}) == 3 for i in range(20))
+    assert all(len({bug.file for bug in mutants.planted(i)}) == 2 for i in range(20))
+    assert not {bug.old for i in range(99) for bug in mutants.planted(i)} & set(mutants.QUIET)
     mutants.main(["--bughunt", "hunt", "--seed", "ada"])
     bugs = mutants.planted("ada")
     for bug in bugs:
-        assert bug.new in Path("hunt", bug.file).read_text() and bug.old not in Path("hunt", bug.file).read_text()
+        before, new, after = Path("hunt", bug.file).read_text().rpartition(bug.new)
+        assert new and bug.old not in before + after and "#" not in before.split("\n")[-2] + after.split("\n")[0]
+    assert "tests/test_hunt.py" in Path("hunt/HUNT.md").read_text()
     assert [file.name for file in Path("hunt/tests").glob("*test*.py")] == ["conftest.py"]
     assert not Path("hunt/course/mutants.py").exists() and not Path("hunt/LOG.md").exists()
     monkeypatch.setattr(mutants, "run_tests", lambda folder, tests, seconds: {t: t == bugs[1].test for t in tests})
