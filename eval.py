@@ -405,12 +405,13 @@ def read_runs(folders):
     for folder in map(Path, folders):
         if not (folder / "metrics.jsonl").exists():
             raise Mistake(f"{folder} is not the folder of a run: it has no metrics.jsonl")
-        runs[folder.name] = read_log(folder / "metrics.jsonl")
+        runs[folder.name] = list(read_log(folder / "metrics.jsonl"))
     return runs
 
 def read_log(file):
-    """The records of JSON lines, without half a line at the end: its process writes just now, or was killed."""
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+    """Yield the records of JSON lines, without half a line at the end: its process writes just now, or was killed."""
+    with open(file) as lines:  # one by one: the log of a long run takes megabytes
+        yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 def curve(members, name):
     """Records of one or several runs -> list of (step, mean, lowest, highest) of a metric, at steps that all of them

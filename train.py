@@ -156,7 +156,7 @@ def train(config, policy, task):
     start = restore(models, config)
     if start is None:
         start = first_evaluation(config, policy, task, slots)
-    records = read_log(out / "metrics.jsonl")
+    records = list(read_log(out / "metrics.jsonl"))
     record, ill = records[-1], watcher(records[1:], config)  # of the last step
 
     bar = tqdm(initial=start, total=config.steps, desc=config.algo)
@@ -707,7 +707,8 @@ def orderly_end(models, task, config):
         with shortage_named(config):
             yield stop
     except (SearchFailed, Mistake) as error:
-        step = read_log(out / "metrics.jsonl")[-1]["step"]
+        *_, last = read_log(out / "metrics.jsonl")
+        step = last["step"]
         kept = f"saved after step {step}"
         if not (out / f"checkpoint-{step}").exists():
             save_checkpoint(step, models, task.tokenizer, config)
@@ -898,7 +899,7 @@ def main(argv=None):
     phases = ("rollout", "logprobs", "update", "eval")
     print("seconds: " + ", ".join(f"{p} {sum(r.get(f'timing_s/{p}', 0) for r in records):.0f}" for p in phases))
     plot_runs(runs, out / "curves.png")
-    samples = read_log(out / "samples.jsonl")
+    samples = list(read_log(out / "samples.jsonl"))
     for title, sample in (("before training", samples[0]), (f"after {config.steps} steps", samples[-1])):
         gold = " or ".join(sample["golden_answers"])
         print(f"\n--- {title} (greedy, a held-out question; gold answer: {gold}; reward {sample['reward']:.0f})")

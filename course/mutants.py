@@ -205,7 +205,7 @@ HANDOUT = """# The bug hunt
 Three lines of this project do not do what the paper says, or the text beside the code. Find them, mend them, and write
 for each a test in `tests/test_hunt.py` that is red before and green after.
 
-- Read `searchr1.py`, `train.py` up to section 4, `engine.py`, `models.py` and `retrieval.py`. The other files are whole.
+- Read `searchr1.py`, `train.py` up to section 4, `engine.py`, `models.py` and `retrieval.py`. The others are whole.
 - What is tagged [D1] to [D17] departs from the paper on purpose; the list stands at the head of the files.
 - The tests were taken away on purpose, and so were the comments right above the three lines. `tests/conftest.py` is
   still there: small models, batches, scripted conversations.

@@ -22,7 +22,7 @@ def origin(checkpoint):
     if not (run / "metrics.jsonl").exists():
         return Path(checkpoint).name, None, 0, 0.0
     config = json.loads((run / "config.json").read_text())
-    records = read_log(run / "metrics.jsonl")
+    records = list(read_log(run / "metrics.jsonl"))
     timed = [r[key] for r in records if r["step"] <= int(steps) for key in r if key.startswith("timing_s/")]
     model, _, _, before = origin(config["model"]) if config["model"] else ("tiny", None, 0, 0.0)
     changes = " no search" * config["no_search"] + " no mask" * config["no_mask"]

@@ -50,9 +50,9 @@ def main(argv=None):
         def read():
             while not over.is_set():
                 if Path("run/metrics.jsonl").exists():
-                    lines = Path("run/metrics.jsonl").read_text().splitlines(keepends=True)
-                    whole = [json.loads(line) for line in lines if line.endswith("\n")]
-                    reads[0], reads[1] = reads[0] + 1, max(reads[1], len(whole))
+                    with open("run/metrics.jsonl") as lines:  # one by one: it must not take memory of its own
+                        reads[1] = sum("step" in json.loads(line) for line in lines if line.endswith("\n"))
+                    reads[0] += 1
                 time.sleep(0.5)
 
         watcher = threading.Thread(target=read)

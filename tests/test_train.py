@@ -795,7 +795,7 @@ def test_searches_are_counted_by_hops_and_steer_the_next_questions(small_base):
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(small_base, monkeypatch):
     """Claim: killed in step 2 without a checkpoint, half a line at the end of its log, a resumed run is the run that
     was left alone. Killed after a checkpoint with half a line, too.
-    Fails if: read_log splits lines without dropping what follows the last newline, or first_evaluation keeps the logs.
+    Fails if: read_log takes a line without its newline, too (`if line.endswith(...)`), or first_evaluation keeps the logs.
     """
     run, log = SMALL + ["--steps", "3"], train.log
     train.main(run + ["--output-dir", "whole"])
@@ -812,7 +812,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(small_base, monkey
         with pytest.raises(KeyboardInterrupt):
             train.main(run + ["--save-every", save_every, "--output-dir", "killed" + save_every])
         monkeypatch.setattr(train, "log", log)
-        assert len(read_log(Path("killed" + save_every) / "metrics.jsonl")) == 3
+        assert len(list(read_log(Path("killed" + save_every) / "metrics.jsonl"))) == 3
         train.main(["--resume", "killed" + save_every])
         assert metrics("killed" + save_every) == metrics("whole")
 
