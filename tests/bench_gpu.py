@@ -9,8 +9,9 @@ process of its own; what --minutes leave no time for is named, not measured.
 
 A step: 80 conversations of the lengths that bench_slots.py draws, sampled by the engine, with random ids for passages
 and random rewards; then phases 4 to 6 of train.train. Memory: of tensors, the most in rollout, log-probs and update
-apart, and the most that the card has lent after one of them, context and graphs included. Predicted: models.predict_memory, which
-allows for the longest rollouts, and bench_slots.seconds, for a card of 1 TB/s and 80 Tflop/s.
+apart, and the most that the card has lent after one of them, context and graphs included. Predicted:
+models.predict_memory, which allows for the longest rollouts, and bench_slots.seconds, for a card of 1 TB/s and 80
+Tflop/s.
 
 Decoding: 64 rows that hold 1500 ids each. The floor is what the card could do: read all weights, keys and values once a
 token, at the copy bandwidth that is measured here. Beside it transformers' generate() on the same rows.
@@ -260,7 +261,8 @@ def main(argv=None):
     if device.type == "cuda":
         claims = ("tests/test_kernels.py", "tests/test_gpu.py", "tests/test_engine.py")
         print(f"claims: {part('-m', 'pytest', '-q', *claims)}\n", flush=True)
-        print(subprocess.run([sys.executable, "tests/bench_kernels.py"], cwd=ROOT, capture_output=True, text=True).stdout)
+        kernels = [sys.executable, "tests/bench_kernels.py"]
+        print(subprocess.run(kernels, cwd=ROOT, capture_output=True, text=True).stdout)
     sizes = [f"--{name}={getattr(args, name)}" for name in ("cap", "rows", "length", "decode")]
     tables = [(DECODING, ["decode"] * bool(args.rows)), (STEPS, args.algos)]
     for head, parts in tables:

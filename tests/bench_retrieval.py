@@ -179,7 +179,8 @@ def server_load(requests, clients):
         for _ in range(500):
             queries = [" ".join(rng.choices(names, k=3)) for _ in range(rng.randrange(1, 9))]
             asked.append((queries, k := rng.randrange(1, 6), direct.search(queries, k)))
-        print("| server | good | wrong | p50 ms | p99 ms | good/s | hostile: what came back | MB before, after | threads |")
+        cells = "server | good | wrong | p50 ms | p99 ms | good/s | hostile: what came back | MB before, after | threads"
+        print(f"| {cells} |")
         print("|---|---|---|---|---|---|---|---|---|")
         ours = [sys.executable, "retrieval.py", "serve", str(corpus), "--port", "0"]
         peer = [sys.executable, "tests/bench_retrieval.py", "peer", str(corpus)]

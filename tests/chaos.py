@@ -3,7 +3,7 @@
     python tests/chaos.py                   20 kills of each kind of run, then the other faults
     python tests/chaos.py --kills 3 --seed 7
 
-Every run is a small one: a random model, four steps, a checkpoint after each. It is killed (signal 9) at random moments,
+Every run is small: a random model, four steps, a checkpoint after each. It is killed (signal 9) at random moments,
 the writing of a checkpoint included, resumed each time, and in the end compared with a run that was left alone: metrics
 line by line, weights and trainer state bit for bit. Other faults must end in one line, and lose nothing that was saved.
 The processes are forks of this one, which has imported everything and computed nothing.

@@ -33,7 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def emulator(policy):
     """engine.captured as a GPU does it. A replay finds every Python attribute of slots and adapters as it was at the
-    capture, writes into the tensor that it wrote into before, and must find weights, keys and values where they were."""
+    capture, writes into the tensor that it wrote into before, and must find weights, keys, values where they were."""
     layers = [layer for layer in policy.modules() if isinstance(layer, Adapted)]
 
     def captured(run, slots):
@@ -256,7 +256,7 @@ def test_a_graph_reads_only_what_lives_as_long_as_its_slots(model, monkeypatch):
 
 
 class FakeCard(TorchFunctionMode):
-    """A card without a card: inside, tensors on "cuda" are FakeTensors, which have no memory and refuse to be mixed with
+    """A card without a card: inside, tensors on "cuda" are FakeTensors, which have no memory and refuse to mix with
     those of the CPU. Indexing, and a few methods, want a real build of torch; they are spelled out in ops that do
     not."""
 
@@ -348,7 +348,8 @@ def test_advantages_and_losses_stay_on_the_card():
     Fails if: rewards_at_end makes its zeros or its arange without `device=`.
     """
     with FakeCard():
-        old_BT, new_BT, mask_BT = (torch.empty(4, 6, dtype=d, device="cuda") for d in (*[torch.float32] * 2, torch.bool))
+        kinds = torch.float32, torch.float32, torch.bool
+        old_BT, new_BT, mask_BT = (torch.empty(4, 6, dtype=kind, device="cuda") for kind in kinds)
         rewards_BT = searchr1.rewards_at_end(torch.empty(4, device="cuda"), mask_BT)
         advantages_BT, returns_BT = searchr1.gae(rewards_BT, old_BT, mask_BT)
         results = [searchr1.whiten(advantages_BT, mask_BT), searchr1.group_advantages(rewards_BT.sum(1), 2)]
@@ -520,7 +521,8 @@ def test_without_a_compiler_one_line_says_so_before_anything_is_trained(monkeypa
 @pytest.mark.parametrize(
     "wish, device, has_bf16, want",
     [
-        ("auto", "cpu", None, torch.float32), ("bf16", "cpu", None, torch.bfloat16), ("auto", "mps", None, torch.float32),
+        ("auto", "cpu", None, torch.float32), ("bf16", "cpu", None, torch.bfloat16),
+        ("auto", "mps", None, torch.float32),
         ("auto", "cuda", True, torch.bfloat16), ("fp32", "cuda:0", True, torch.float32),
         ("auto", "cuda", False, torch.float32), ("bf16", "cuda", False, torch.float32),
     ],

@@ -709,7 +709,8 @@ def test_an_evaluation_is_told_in_words():
     old = {"eval/em": 0.2, "eval/searches": 1.4}
     new = {"eval/em": 0.314, "eval/searches": 1.6}
     assert train.in_words(old, old) == "20% of questions right, 1.4 searches"
-    assert train.in_words(new, old) == "31% of questions right, 1.6 searches; questions now take 2 searches instead of 1"
+    told = "31% of questions right, 1.6 searches; questions now take 2 searches instead of 1"
+    assert train.in_words(new, old) == told
     em = {"eval/em_1hop": 1.0, "eval/em_2hop": 0.5}
     hops = lambda one, two: em | {"eval/searches_1hop": one, "eval/searches_2hop": two}
     said = "100% of one-hop questions right, 1.2 searches; 50% of two-hop questions right, 1.9 searches; "
@@ -795,7 +796,7 @@ def test_searches_are_counted_by_hops_and_steer_the_next_questions(small_base):
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(small_base, monkeypatch):
     """Claim: killed in step 2 without a checkpoint, half a line at the end of its log, a resumed run is the run that
     was left alone. Killed after a checkpoint with half a line, too.
-    Fails if: read_log takes a line without its newline, too (`if line.endswith(...)`), or first_evaluation keeps the logs.
+    Fails if: read_log takes a line without its newline (`if line.endswith(...)`), or first_evaluation keeps the logs.
     """
     run, log = SMALL + ["--steps", "3"], train.log
     train.main(run + ["--output-dir", "whole"])
@@ -832,7 +833,7 @@ def test_of_two_processes_in_one_folder_the_second_refuses(small_base):
 
 
 def test_old_checkpoints_go_and_the_best_one_stays(here):
-    """Claim: of five checkpoints the newest two stay, and the one with the best evaluation, of equals the newer one; one
+    """Claim: of five checkpoints the newest two stay, and the one with the best evaluation, of equals the newer; one
     that was never evaluated is not the best. What a kill left unfinished goes. With keep 0 all stay. In each case only
     the newest keeps what resuming needs.
     Fails if: tidy takes the first of equal evaluations, or keeps the trainer state of the best.
@@ -1210,7 +1211,8 @@ def test_easy_questions_come_first(here):
     questions = [Question(str(i), text, (gold,), hops[i]) for i, (text, gold) in enumerate(answers.items())]
     search = engine_from("bm25:p.jsonl").search
     ranks = train.first_ranks(questions, search)
-    assert ranks[questions[1]] == ranks[questions[3]] == 0 and ranks[questions[0]] in (1, 2) and ranks[questions[2]] == 3
+    assert ranks[questions[1]] == ranks[questions[3]] == 0 and ranks[questions[0]] in (1, 2)
+    assert ranks[questions[2]] == 3
     record = lambda q: {"question": q.text, "golden_answers": list(q.gold_answers), "metadata": {"hops": q.hops}}
     here("q.jsonl", *[{"id": q.id} | record(q) for q in questions])
     random_model(data.make_tokenizer()).save_pretrained("model")
