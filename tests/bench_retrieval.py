@@ -179,7 +179,7 @@ def server_load(requests, clients):
         for _ in range(500):
             queries = [" ".join(rng.choices(names, k=3)) for _ in range(rng.randrange(1, 9))]
             asked.append((queries, k := rng.randrange(1, 6), direct.search(queries, k)))
-        cells = "server | good | wrong | p50 ms | p99 ms | good/s | hostile: what came back | MB before, after | threads"
+        cells = "server | good | wrong | p50 ms | p99 ms | good/s | what hostile ones got | MB before, after | threads"
         print(f"| {cells} |")
         print("|---|---|---|---|---|---|---|---|---|")
         ours = [sys.executable, "retrieval.py", "serve", str(corpus), "--port", "0"]

@@ -441,8 +441,8 @@ def test_a_preset_is_these_values(name):
 @pytest.mark.parametrize("preset", ["real", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "llama-3.2-3b", "paper"])
 def test_an_algorithm_changes_the_same_values_of_every_preset(preset):
     """Claim: every preset exists with every algorithm, --algo format with laptop only. Of a real model's preset PPO and
-    REINFORCE change the size of a group to 1 and the number of questions to that of the rollouts; fine-tuning changes what it has no use for, and its
-    rate.
+    REINFORCE change the size of a group to 1 and the number of questions to that of the rollouts; fine-tuning changes
+    what it has no use for, and its rate.
     Fails if: one entry of PRESETS goes, or is built on the dict of another algorithm.
     """
     names, algos = train.CHOICES["preset"], train.CHOICES["algo"]

@@ -279,7 +279,9 @@ HACKS = {
     "the answer again and again": (THOUGHT + "<answer>gold gold gold</answer>", 0, 0.5, 0.2),
     "a block of passages of its own": (THOUGHT + "<information>gold</information><answer>x</answer>", 0, 0, 0.1),
     "nested tags": ("<answer><answer>gold</answer></answer>", 0, 0, 0.1),
-    "an answer inside a thought: it counts, wherever it stands": ("<think><answer>gold</answer>", 1, 1, 0.8),
+    "an answer inside a thought: the first pair counts, wherever it stands": (
+        "<think><answer>gold</answer>", 1, 1, 0.8,
+    ),
     "a search inside an answer: it searches": (THOUGHT + "<answer><search>gold</search></answer>", 0, 0, 0),
     "the answer as a query": (THOUGHT + "<search>gold</search>", 0, 0, 0),
     "a tag that is never closed": (THOUGHT + "<answer>gold", 0, 0, 0),
