@@ -474,6 +474,7 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
     """The metrics of a step. Counts are means over all B rollouts; kl, entropy, clip_ratio over trained tokens."""
     mean = lambda values: sum(values) / len(rollouts)
     equal = len(equal_groups(rewards_B, config))
+    empty = sum(passages == [] for r in rollouts for passages in r.found)
     own, response = [sum(r.response_mask) for r in rollouts], [len(r.ids) - r.prompt_length for r in rollouts]
     return {
         "step": step, "reward/mean": rewards_B.mean().item(), "reward/std": rewards_B.std(correction=0).item(),
@@ -482,6 +483,7 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
         "response_length/mean": mean(response), "env/number_of_actions": mean([len(r.turns) for r in rollouts]),
         "response_length/at_limit": mean([len(r.ids) >= config.max_length - 1 for r in rollouts]),
         "env/repeated_search": mean([len(set(r.searches)) < len(r.searches) for r in rollouts]),
+        "env/empty_search": empty / max(1, sum(r.num_searches for r in rollouts)),
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
         "env/number_of_valid_search": mean([r.num_searches for r in rollouts]),
         **searches_by_hops(rollouts),
@@ -514,8 +516,11 @@ def health(records, config):
     grew = lambda name, least, times: now(name) > max(least, times * then(name))
     dull = config.group_size > 1 and now("frac_reward_zero_std") > 0.9 and now("reward/mean") < 0.5
     lost = [name for name in ("env/ratio_of_valid_action", "env/finish_ratio") if now(name) < 0.8 * then(name)]
+    sure = 0 < now("entropy") < 0.15 * then("entropy") and now("reward/mean") < 0.7
     signs = {
         "it writes more and more at random (entropy): lower --lr, raise --kl-coef": grew("entropy", 1.0, 2),
+        "it is sure of itself too early (entropy): lower --lr, larger batches, --entropy-coef 0.001": sure,
+        "most searches find nothing (empty_search): is the search engine well?": now("env/empty_search") > 0.5,
         "it is far from where it began (kl): lower --lr, raise --kl-coef": grew("kl", 1.0, 2),
         "gradients grow (grad_norm): larger batches, or a lower --lr": grew("grad_norm", 2 * config.max_grad_norm, 3),
         "turns or conversations fall apart (" + ", ".join(lost) + "): lower --lr, or --reward format": lost,

@@ -728,29 +728,32 @@ def test_what_looks_ill_is_said_in_words_and_a_healthy_run_is_left_alone():
     said = lambda config=train.Config(), **new: train.health([well] * 6 + [well | new] * 5, config)
     assert said() == train.health([well] * 4 + [well | {"entropy": 9}] * 5, train.Config()) == []
     ill = {"entropy": 1.3, "kl": 1.1, "grad_norm": 2.1, "env/finish_ratio": 0.6, "env/ratio_of_valid_action": 0.6,
-           "frac_reward_zero_std": 0.95, "response_length/at_limit": 0.3, "env/repeated_search": 0.4}  # fmt: skip
+           "frac_reward_zero_std": 0.95, "response_length/at_limit": 0.3, "env/repeated_search": 0.4,
+           "env/empty_search": 0.6}  # fmt: skip
     signs = [said(**{name: value}) for name, value in ill.items()]
-    assert [len(sign) for sign in signs] == [1] * 8 and len({sign[0] for sign in signs}) == 8
+    assert [len(sign) for sign in signs] == [1] * 9 and len({sign[0] for sign in signs}) == 9
+    assert "too early" in said(entropy=0.08)[0]
+    assert said(entropy=0.08, **{"reward/mean": 0.9}) == said(entropy=0.0) == []
     assert "entropy" in signs[0][0] and "finish_ratio" in signs[3][0] and "--max-length" in signs[6][0]
     assert said(frac_reward_zero_std=1.0, **{"reward/mean": 0.9}) == []
     assert said(train.Config(group_size=1), frac_reward_zero_std=1.0) == []
 
 
 def test_a_step_counts_rollouts_without_room_and_queries_asked_twice():
-    """Claim: of four rollouts, one at the limit of its length and one that asked the same twice, a quarter each; of the
-    three that ended in an answer, three quarters.
+    """Claim: of four rollouts, one at the limit of its length and one that asked the same twice, a quarter each, and so
+    one search of four that found nothing; of the three that ended in an answer, three quarters.
     Fails if: measure() compares with another length (`- 1` -> `- 2`) or counts every second search (`set(r.searches)`
     -> `r.searches[:1]`).
     """
     question, config = Question("0", "?", ("x",)), train.Config(max_length=10, group_size=2)
     lists = lambda n: ([1] * n, [False] + [True] * (n - 1), [0.0] * n)
     full, twice, two, short = (searchr1.Rollout(question, *lists(n), 1, turns=["t"]) for n in (9, 8, 7, 5))
-    twice.searches, two.searches = ["a", "a"], ["a", "b"]
+    twice.searches, two.searches, two.found = ["a", "a"], ["a", "b"], [[], None]
     twice.finished = two.finished = short.finished = True
     costs = train.Costs(torch.device("cpu"))
     costs.end("rollout")
     record = train.measure(1, [full, twice, two, short], 0, torch.zeros(4), torch.zeros(4), {}, costs, config)
-    assert record["response_length/at_limit"] == record["env/repeated_search"] == 0.25
+    assert record["response_length/at_limit"] == record["env/repeated_search"] == record["env/empty_search"] == 0.25
     assert record["env/finish_ratio"] == 0.75 and record["env/number_of_valid_search"] == 1.0
 
 
