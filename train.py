@@ -898,7 +898,7 @@ def main(argv=None):
     out = Path(config.output_dir)
     runs = read_runs([out])
     (records,) = runs.values()
-    # On a GPU all that the card has lent, context, graphs and other programs included; the log has each phase.
+    # On a GPU all that the card has lent, to other programs, too; the log has each phase. Else Python, too.
     held = max(r.get("memory_gib/card", 0) for r in records) * 2**30 or peak_bytes(policy.device)
     print(f"memory, predicted: {size(predicted_peak(memory)[0])}; measured, all included: {size(held)}; all in {out}")
     phases = ("rollout", "logprobs", "update", "eval")

@@ -230,7 +230,8 @@ def write_bughunt(out, seed):
     them: tests (most mistakes turn several of them red), and comments on the three lines or right above them."""
     out = copy_project(out, ("mutants.py",))
     for bug in planted(seed):
-        before, _, after = (out / bug.file).read_text().partition(bug.old)
+        at, text = (out / bug.file).read_text().find(bug.old), mutated(bug, out)
+        before, after = text[:at], text[at + len(bug.new) :]
         lines = before.split("\n")
         while len(lines) > 1 and lines[-2].strip().startswith("#"):
             del lines[-2]

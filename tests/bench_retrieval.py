@@ -43,9 +43,10 @@ from course.rerank import Reranker
 from retrieval import BM25, Dense, HashedEncoder, HttpEngine, SearchEngine, TransformerEncoder
 
 
-def resident():
-    """Resident memory of this process in bytes (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def held(pid):
+    """Resident memory in MB and threads of a process (Linux)."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"])
 
 
 # ----- Kinds of index -----
@@ -77,9 +78,9 @@ def index_table(n, dim, kinds, queries=640, batch=64):
     exact = None
     for kind in kinds:
         factory, settings, size = retrieval.plan_index(kind, n, dim)
-        before, start = resident(), time.perf_counter()
+        before, start = held("self")[0], time.perf_counter()
         index = retrieval.make_index(kind, vectors)
-        built, memory = time.perf_counter() - start, resident() - before
+        built, memory = time.perf_counter() - start, (held("self")[0] - before) * 2**20
         rows, times = [], []
         for i in range(0, queries, batch):
             start = time.perf_counter()
@@ -225,12 +226,6 @@ def load(url, pid, requests, clients, asked):
     came = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items(), key=str))
     memory = f"{first:.0f}, {megabytes:.0f} | {idle}, {threads}"
     return f"{len(times)} | {len(wrong)} | {p50:.1f} | {p99:.1f} | {len(times) / spent:.0f} | {came} | {memory}"
-
-
-def held(pid):
-    """Resident memory in MB and threads of a process (Linux)."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"])
 
 
 def peer(corpus):

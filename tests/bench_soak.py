@@ -20,16 +20,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 os.environ["TQDM_DISABLE"] = "1"
 
 import torch
-from conftest import random_model
+from bench_retrieval import held
+from conftest import LOUD, random_model
 
 import data
 import train
-
-
-def held():
-    """(resident MB, open files, threads) of this process."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) / 1024, len(os.listdir("/proc/self/fd")), int(status["Threads"])
 
 
 def main(argv=None):
@@ -43,7 +38,7 @@ def main(argv=None):
         tempfile.tempdir = str(Path(folder, "tmp"))  # what the run leaves there is seen below
         os.mkdir("tmp")
         tokenizer = data.make_tokenizer()
-        random_model(tokenizer, loud=("<search>", "</search>", "<answer>", "</answer>")).save_pretrained("base")
+        random_model(tokenizer, loud=LOUD).save_pretrained("base")
         tokenizer.save_pretrained("base")
         data.base_model = lambda *_: (*data.load_checkpoint("base", "cpu"), "base")
 
@@ -61,7 +56,7 @@ def main(argv=None):
 
         def looked_at(step, *args):
             if step in (max(1, steps // 10), steps):
-                seen[step] = held()
+                seen[step] = *held("self"), len(os.listdir("/proc/self/fd"))
             return measure(step, *args)
 
         train.measure = looked_at
@@ -73,7 +68,7 @@ def main(argv=None):
             watcher.join()
         left = sorted(path.name for path in Path("run").iterdir()), os.listdir("tmp")
         os.chdir("/")
-    (first, (mb, files, threads)), (last, (more, files2, threads2)) = sorted(seen.items())
+    (first, (mb, threads, files)), (last, (more, threads2, files2)) = sorted(seen.items())
     print(f"\nstep {first}: {mb:.1f} MB, {files} open files, {threads} threads")
     print(f"step {last}: {more:.1f} MB ({more / mb - 1:+.1%}), {files2} open files, {threads2} threads")
     print(f"metrics.jsonl was read {reads[0]} times, whole each time; left behind: {left[0]}, temporary: {left[1]}")

@@ -180,6 +180,9 @@ def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, mo
         before, new, after = Path("hunt", bug.file).read_text().rpartition(bug.new)
         assert new and bug.old not in before + after and "#" not in before.split("\n")[-2] + after.split("\n")[0]
     assert "tests/test_hunt.py" in Path("hunt/HUNT.md").read_text()
+    mutants.write_bughunt("other", "kurt")  # among his: the KL with a minus, under a comment that says PLUS
+    told = Path("other/train.py").read_text()
+    assert "loss = loss - config.kl_coef" in told and "PLUS in a loss" not in told
     assert [file.name for file in Path("hunt/tests").glob("*test*.py")] == ["conftest.py"]
     assert not Path("hunt/course/mutants.py").exists() and not Path("hunt/LOG.md").exists()
     monkeypatch.setattr(mutants, "run_tests", lambda folder, tests, seconds: {t: t == bugs[1].test for t in tests})
