@@ -130,8 +130,7 @@ def two_hop_share(record):
     question, and two. A policy that cannot yet tell both kinds apart drifts as a whole to the number that pays more
     just then, and soon it never tries the other one. So the share leans against the drift: three in four while it
     searches 1.5 times (the mean of both kinds), more if it searches less, fewer if it searches more. As the kinds are
-    told apart, by one search in the end, it falls by a quarter, since one-hop questions need practice, too (LOG.md, 28
-    and 29)."""
+    told apart, in the end by one search, it falls by a quarter: one-hop questions need practice (LOG.md, 28 and 29)."""
     one, two = (record.get(f"env/searches_{hops}hop", 1.5) for hops in (1, 2))
     return min(0.9, max(0.2, 0.75 + 1.5 - (one + two) / 2 - 0.25 * max(0.0, two - one)))
 
@@ -151,11 +150,9 @@ TINY_SETTINGS = Settings(max_turns=3, max_new_tokens=14, max_obs_length=64, max_
 
 # The official prompt [Table 1] has 100 words of instructions that 0.4 M parameters cannot use. This template keeps its
 # question, puts its passages (RAG) where the base model learned to read them, and drops the rest.
-CHAT_TEMPLATE = (
-    "{%- set asked, _, context = messages[-1]['content'].split('Question: ')[-1].partition(' Context: ') -%}"
-    "{{ ('<information> ' + context.strip() + ' </information> ' if context else '') + '<question> ' + asked.strip() "
-    "+ ' </question>' }}"
-)
+CHAT_TEMPLATE = ("{%- set asked, _, context = messages[-1]['content'].split('Question: ')[-1].partition(' Context: ')"
+                 " -%}{{ ('<information> ' + context.strip() + ' </information> ' if context else '') + '<question> ' "
+                 "+ asked.strip() + ' </question>' }}")  # fmt: skip
 
 def make_tokenizer():
     """A word-level tokenizer over the words of the tiny world: 669 tokens, each tag and each name one token. It
@@ -208,10 +205,9 @@ def _poor_policy(question, searches, rng):
     asked, last, shown = set(), [], []  # pairs of earlier queries; sentences of the last search, and of all searches
     segments = [(f"<question> {question.text} </question>", False)]
     for _ in range(searches):
-        fitting = [(e, r) for e in entities for r in relations if RELATION[r].subject == KIND_OF[e]]
-        pairs = [pair for pair in fitting if pair not in asked]
-        if pairs and rng.random() > 0.1:
-            query = rng.choice(pairs)
+        new = [(e, r) for e in entities for r in relations if RELATION[r].subject == KIND_OF[e] and (e, r) not in asked]
+        if new and rng.random() > 0.1:
+            query = rng.choice(new)
             asked.add(query)
         else:
             query = rng.sample(words, rng.choice([1, 2]))
@@ -229,8 +225,7 @@ def _poor_policy(question, searches, rng):
     elif rng.random() < 0.1:
         choices = entities
     answer = rng.choice(choices or entities)
-    segments.append((f"<think> {rng.choice(THOUGHTS)} </think> <answer> {answer} </answer>", True))
-    yield segments
+    yield [*segments, (f"<think> {rng.choice(THOUGHTS)} </think> <answer> {answer} </answer>", True)]
 
 def poor_episodes(questions, search, top_k, rng):
     """Conversations of a poor policy, one a question, side by side -> episodes. The number of searches does not depend
@@ -266,8 +261,7 @@ def _batch(tokenizer, episodes, context_weight):
     """Episodes -> ids_BL, positions_BL, weights_BL: 1 on what the policy wrote, context_weight on the rest, 0 on
     padding (right) and where an episode begins. Short episodes share a row, which leaves less padding. Positions start
     again at 0 with each of them, and by that transformers keeps attention within the episode."""
-    texts = [text for episode in episodes for text, _ in episode]
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    encoded = iter(tokenizer([text for e in episodes for text, _ in e], add_special_tokens=False)["input_ids"])
     packed = []  # rows of (id, position, weight)
     for tokens in sorted(([(i, own) for _, own in e for i in next(encoded)] for e in episodes), key=len, reverse=True):
         room = next((row for row in packed if len(row) + len(tokens) <= len(packed[0])), None)
@@ -284,11 +278,10 @@ def train_base_model(config):
     torch.manual_seed(config.seed)
     rng, tokenizer = random.Random(f"base {config.seed}"), make_tokenizer()
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=2 * config.hidden,
+        vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=2 * config.hidden, bos_token_id=None,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
-        head_dim=config.hidden // config.heads, tie_word_embeddings=True, initializer_range=0.05,
-        max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        head_dim=config.hidden // config.heads, tie_word_embeddings=True, initializer_range=0.05, eos_token_id=0,
+        max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, pad_token_id=0,
     ))  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     answer_tags = torch.tensor(tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"]))
@@ -375,9 +368,8 @@ def question_files(spec, split):
     if Path(spec).is_file():
         return [Path(spec)]
     official = {name: splits[split == "eval"] for name, splits in DATASETS.items() if splits[split == "eval"]}
-    for name in spec.split("+"):  # check all names before the first download
-        if name not in official:
-            raise Mistake(f"cannot read {spec}: no file, and {name!r} is none of the sets {', '.join(official)}")
+    if unknown := [name for name in spec.split("+") if name not in official]:  # all of them before the first download
+        raise Mistake(f"cannot read {spec}: no file, and {unknown[0]!r} is none of the sets {', '.join(official)}")
     files = [f"{name}/{official[name]}.jsonl" for name in spec.split("+")]
     return [fetch("RUC-NLPIR/FlashRAG_datasets", file, DOWNLOADS / file) for file in files]
 
@@ -397,12 +389,11 @@ def load_questions(path):
             text, gold = whole_characters(record["question"]), record["golden_answers"]
             if not (text.strip() and gold and isinstance(gold, list) and all(isinstance(a, str) for a in gold)):
                 raise ValueError("empty, or of another type")
-            hops = int((record.get("metadata") or {}).get("hops", 0))
+            id, hops = str(record.get("id", number)), int((record.get("metadata") or {}).get("hops", 0))
+            questions.append(Question(whole_characters(id), text, tuple(map(whole_characters, gold)), hops))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             needed = '"question" (a string) and "golden_answers" (a list of strings, at least one)'
             raise Mistake(f"{path} line {number}: a question needs {needed}; {error!r}") from None
-        id, gold = whole_characters(str(record.get("id", number))), tuple(map(whole_characters, gold))
-        questions.append(Question(id, text, gold, hops))
     if not questions:
         raise Mistake(f"{path}: no questions in this file")
     return questions
@@ -423,8 +414,7 @@ def paragraphs(record):
     MuSiQue: metadata.question_decomposition = [{..., "support_paragraph": {"title", "paragraph_text"}}, ...]."""
     metadata = record.get("metadata") or {}
     context = metadata.get("context") or {}
-    sentences = context.get("sentences") or context.get("content") or []
-    titled = zip(context.get("title") or [], sentences, strict=True)
+    titled = zip(context.get("title") or [], context.get("sentences") or context.get("content") or [], strict=True)
     found = [(title, " ".join(part.strip() for part in parts)) for title, parts in titled]
     supporting = [step.get("support_paragraph") for step in metadata.get("question_decomposition") or []]
     found += [(paragraph["title"], paragraph["paragraph_text"].strip()) for paragraph in supporting if paragraph]
@@ -465,18 +455,15 @@ def resolve_corpus(spec, files, encoder="hashed", folder="outputs/corpora"):
     if name not in ("contexts", "wiki18") or Path(name).exists():
         return spec
     encoder = encoder if name == spec else "bm25"
-    if name == "contexts":
-        if not files:
-            raise Mistake("--corpus contexts is made of the questions' paragraphs: give a question file, too (--data)")
-        corpus, index = contexts_corpus(files, folder), "Flat"
-    else:
-        corpus, index = DOWNLOADS / "wiki18" / "wiki-18.jsonl", "IVF-SQ8"
+    if name == "contexts" and not files:
+        raise Mistake("--corpus contexts is made of the questions' paragraphs: give a question file, too (--data)")
+    corpus = contexts_corpus(files, folder) if name == "contexts" else DOWNLOADS / "wiki18" / "wiki-18.jsonl"
     output = Path(folder) / f"{corpus.stem}-{encoder.strip('/').replace('/', '--')}"
     if not (output / "manifest.json").exists():
         if not corpus.exists():  # wiki18, packed
             corpus = fetch("PeterJinGo/wiki-18-corpus", "wiki-18.jsonl.gz", corpus.with_name("wiki-18.jsonl.gz"))
             print(f"unpacking {corpus}: 14 GB")
-        build(corpus, output, {"encoder": encoder}, index)
+        build(corpus, output, {"encoder": encoder}, "Flat" if name == "contexts" else "IVF-SQ8")
     return f"bm25:{output}" if encoder == "bm25" else str(output)
 
 # ----- 4. Checkpoints, and what a user can get wrong -----
@@ -509,8 +496,7 @@ def weights_dtype(wish, device):
     return torch.bfloat16 if has_bf16 and (wish == "bf16" or (wish == "auto" and on_card)) else torch.float32
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
-    """Folder, hub id or GGUF file of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not
-    linear."""
+    """Folder, hub id or GGUF file -> (policy, tokenizer). Mistake if it is no causal LM, or its head is not linear."""
     packed = Path(path).suffix == ".gguf"
     if Path(path).exists() and not packed and not (Path(path) / "config.json").exists():
         raise Mistake(f"{path} holds no model (no config.json); give a folder like outputs/run-1/checkpoint-100")
@@ -531,9 +517,8 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
         policy.load_state_dict(state)
     policy = policy.to(device).eval()
     # Rollout and training compute logits as head(hidden). A model that scales or caps its logits is another policy.
-    ids = torch.arange(4, device=device)[None]
+    ids, head = torch.arange(4, device=device)[None], policy.get_output_embeddings()
     with torch.no_grad():
-        head = policy.get_output_embeddings()
         plain = head(policy.base_model(input_ids=ids).last_hidden_state)
         if not torch.allclose(plain, policy(input_ids=ids).logits, atol=1e-3, rtol=1e-2) or head.bias is not None:
             raise Mistake(f"{path}: its logits are not one linear map of its hidden states, which is all we support")
@@ -549,9 +534,8 @@ def load_settings(checkpoint, real=False):
     return settings, about | {"method": "search-r1" if settings.do_search else "r1"} | saved
 
 def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed", others=(), device=None):
-    """-> (questions, search engine, World or None). Without a corpus: the held-out questions of the tiny world. With
-    one: real questions (a file, or sets by name, of which `split`). others: more question files for `contexts`. device:
-    where the engine may encode and search."""
+    """-> (questions, search engine, World or None). Without a corpus: the tiny world's held-out questions. With one:
+    real ones (a file, or sets by name, of which `split`). others: more files for `contexts`. device: of the engine."""
     if not corpus:
         world = make_world(world_seed)
         return world.test, build_index(world.passages), world

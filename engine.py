@@ -36,8 +36,7 @@ class Slots:
     Whatever lies beyond is left over from an earlier row. It is never visible, since a query at position p sees keys
     0..p only, and it is overwritten when the row grows. The last column takes what padding writes.
 
-    On a GPU the buffers have their final size from the start, so that a decoding step can be captured as a CUDA graph
-    and replayed over the same addresses. Elsewhere they grow.
+    On a GPU buffers have their final size at once: a CUDA graph replays over fixed addresses. Elsewhere they grow.
 
     PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
     keys with new weights, and nothing complains. So `run` empties all slots first. Buffers and graphs stay: the
@@ -184,12 +183,7 @@ def captured(run, slots):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=slots.pool, stream=slots.stream):
         out = run()
-
-    def replay():
-        graph.replay()
-        return out
-
-    return replay
+    return lambda: graph.replay() or out  # replay() gives None
 
 def feed(policy, slots, rows, blocks):
     """Append blocks[i], a list of ids, to slot rows[i] -> logits [n, V] fp32 of the token after the last id of each.
@@ -276,10 +270,7 @@ class Talk:
 def serve(talks, search):
     """Answer all searches of these conversations, in one call of the search engine for all that ask at once."""
     while asking := [talk for talk in talks if talk.query is not None]:
-        results = search([talk.query for talk in asking])
-        if len(results) != len(asking):
-            raise RuntimeError(f"the search engine returned {len(results)} lists for {len(asking)} queries")
-        for talk, passages in zip(asking, results):
+        for talk, passages in zip(asking, search([talk.query for talk in asking]), strict=True):
             talk.advance(passages)
 
 def leave(running, slots):
@@ -309,7 +300,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     search         list[str] -> list of lists of passages
     max_length     ids that a record may hold
     slots          Slots to work in (they bound what is in flight), or how many to make. None: B, on a GPU at most 64
-    Raises Mistake if a group is larger than the slots, RuntimeError if the engine loses a query.
+    Raises Mistake if a group is larger than the slots, ValueError if the engine loses a query.
 
     Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
     rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
@@ -320,17 +311,15 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     helps: nobody knows in advance which are long; those of the next step, begun early, come from an older policy."""
     if not conversations:
         return
-    device = policy.get_output_embeddings().weight.device
+    device, B = policy.get_output_embeddings().weight.device, len(conversations)
     if slots is None:
-        slots = min(len(conversations), max(GPU_SLOTS, group_size)) if device.type == "cuda" else len(conversations)
+        slots = min(B, max(GPU_SLOTS, group_size)) if device.type == "cuda" else B
     slots = slots if isinstance(slots, Slots) else Slots(policy, slots, max_length)
     if len(slots.lengths) < group_size:
         raise Mistake(f"{len(slots.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")
     slots.lengths, slots.head = [0] * len(slots.lengths), None  # keys and head of older weights are forgotten
     double = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    draws_BL = None
-    if temperature:
-        draws_BL = torch.rand(len(conversations), max_length, dtype=double, generator=generator, device=device)
+    draws_BL = torch.rand(B, max_length, dtype=double, generator=generator, device=device) if temperature else None
 
     talks = [Talk(b, *conversation) for b, conversation in enumerate(conversations)]
     serve(talks, search)  # those that begin with a search

@@ -60,10 +60,9 @@ def scores_of(r, method="search-r1"):
     return scores | ({"valid_format": check_format(policy_view(r))[0]} if method in WITH_FORMAT else {})
 
 def mean_scores(scores, hops):
-    """Scores of questions (dicts that hold at least what scores_of gives) and the questions' hops -> metrics: em, f1,
-    sub_em; hit (share for which a gold answer was among the passages found); searches (executed), turns (calls of the
-    model), response_tokens (all that it wrote), each a question; finished (share); valid_format where the method writes
-    Search-R1's format; with hops known also em_1hop, em_2hop, searches_1hop, searches_2hop."""
+    """Scores of questions (dicts that hold at least what scores_of gives) and the questions' hops -> means: em, f1,
+    sub_em; hit (a gold answer was among the passages found); searches (executed), turns (calls of the model), finished,
+    valid_format, response_tokens (all that it wrote); with hops known also em_1hop, searches_1hop and so on."""
     mean = lambda name, chosen: sum(s[name] for s in chosen) / len(chosen)
     names = ("em", "f1", "sub_em", "hit", "searches", "turns", "finished", "valid_format", "response_tokens")
     metrics = {name: mean(name, scores) for name in names if name in scores[0]}
@@ -92,11 +91,10 @@ COT = ("Answer the given question from what you know. Think step by step inside 
        "Then write " + THE_ANSWER + "\n")  # fmt: skip
 RAG = ("Answer the given question with the help of the given passages, which may or may not be useful. "
        "Write " + THE_ANSWER + " Context: {context}\n")  # fmt: skip
-IRCOT = (
-    "Answer the given question step by step with the help of the given passages, which may or may not be useful. Write "
-    "one short thought at a time, each inside <think> and </think>; passages about it will be added. Once you know the "
-    "answer, end your thought with it like this: So the answer is: Beijing. Question: {question} Context: {context}\n"
-)
+IRCOT = ("Answer the given question step by step with the help of the given passages, which may or may not be useful. "
+         "Write one short thought at a time, each inside <think> and </think>; passages about it will be added. Once "
+         "you know the answer, end your thought with it like this: So the answer is: Beijing. Question: {question} "
+         "Context: {context}\n")  # fmt: skip
 NOTES = ("Read the given passages and write down, inside <answer> and </answer>, what in them helps with the given "
          "question, as short as you can. If nothing does, write that there is no helpful information. "
          "Question: {question} Context: {context}\n")  # fmt: skip
@@ -106,9 +104,8 @@ PASSAGES = "@@passages@@"  # stands in a prompt where passages will
 
 def reading_ids(question, tokenizer, template, start="", passages=(), settings=Settings(), searches=1):
     """A question in a template of {question}, and maybe {context} -> ids of the prompt, and of `start`, the first words
-    of the model's own message, put into its mouth. Passages are encoded on their own, as in a conversation: what they
-    say stays text, even where it spells a special token. They get as many tokens as a conversation would show after so
-    many searches, as long as there is room for an answer."""
+    of the model's own message, put into its mouth. Passages are encoded on their own, as in a conversation: a special
+    token that they spell stays text. They get the tokens of so many searches, if there is room for an answer."""
     plain = not getattr(tokenizer, "chat_template", None)  # [D13]
     text = make_prompt(question, tokenizer, template=template, context=PASSAGES) + start
     if "{context}" not in template:
@@ -128,32 +125,27 @@ def text_ids(text, tokenizer):
 
 def complete(r, ids, tag, tokenizer, settings, ends):
     """One call of the model on a prompt of its own: it writes until `tag`, an end of sequence, or the end of its budget
-    -> the call, a Rollout. turns[0] is the text before the tag; finished: it was not the budget that ended it."""
+    -> the call, a Rollout. turns[0] is the text before the tag; finished: it was not the budget that ended it; answer:
+    what follows the last "<answer>", for a call that began after that tag, since some models open it again."""
     call = begin(r.question, ids, settings)
     start, limit = len(ids), min(len(ids) + settings.max_new_tokens, settings.max_length)
-    while True:
+    while len(call.ids) == start or not turn_ended(call.ids, start, limit, tokenizer, ends, (tag,)):
         token, logprob = yield call
         call.append([token], [logprob])
-        if turn_ended(call.ids, start, limit, tokenizer, ends, (tag,)):
-            break
     text = tokenizer.decode([i for i in call.ids[start:] if i not in ends])
     call.turns, call.finished = [text.partition(tag)[0]], tag in text or call.ids[-1] in ends
+    call.answer = call.turns[0].rpartition("<answer>")[2].strip()
     return call
 
 def written_ids(call, tag, tokenizer, ends):
-    """What the model wrote in a call, for a later call to go on from: the very ids that were sampled, without an end of
-    sequence, and with `tag` if it is missing."""
+    """What a call wrote, to go on from: the very ids that were sampled, without an end of sequence, closed by `tag`."""
     ids = [i for i in call.ids[call.prompt_length :] if i not in ends]
     return ids if tag in tokenizer.decode(ids) else ids + text_ids(tag, tokenizer)
-
-def answer_of(call):
-    """What a call wrote that began after "<answer>". Some models open the tag again."""
-    return call.turns[0].rpartition("<answer>")[2].strip()
 
 def finish(r, calls, prompt, tokenizer, settings, ends):
     """The last call of the model writes the answer; if the budget ends it, there is none. All calls go into r."""
     call = yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)
-    r.answer, r.finished = answer_of(call) if call.finished else None, call.finished
+    r.answer, r.finished = call.answer if call.finished else None, call.finished
     join(r, [*calls, call])
 
 def join(r, calls):
@@ -210,8 +202,7 @@ def ircot(r, tokenizer, settings, ends):
 def search_o1(r, tokenizer, settings, ends):
     """[Li et al. 2025] Search-R1's conversation without its training, in which the model never reads a raw passage. For
     each query a call apart reads the passages, and the note that it writes (the paper's Reason-in-Documents) is the one
-    passage that comes back [D16]. In the record `found` has the raw passages; ids and turns have the notes behind the
-    conversation."""
+    passage that comes back [D16]. In the record `found` has the raw passages, and the notes stand at its end."""
     conversation, notes, raw, given = search_r1(r, tokenizer, settings, ends), [], [], None
     while True:
         try:
@@ -223,14 +214,13 @@ def search_o1(r, tokenizer, settings, ends):
             raw.append(given)
             prompt = reading_ids(wish, tokenizer, NOTES, "<answer>", given, settings)
             notes.append((yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)))
-            note = answer_of(notes[-1]).removesuffix(".")
+            note = notes[-1].answer.removesuffix(".")
             given = [Passage(str(len(raw)), "Notes", f"{wish}: {note}." if note else NO_NOTES)]
     r.found = [passages and raw.pop(0) for passages in r.found]
     join(r, notes)
 
 def rag(r, tokenizer, settings, ends):
-    """[Lewis et al. 2020] Retrieval-augmented generation: one search with the question, then the answer, without
-    reasoning, like FlashRAG's naive RAG."""
+    """[Lewis et al. 2020] One search with the question, then the answer without reasoning, as FlashRAG's naive RAG."""
     r.searches, r.found = [r.question.text], [(yield r.question.text)]
     prompt = reading_ids(r.question.text, tokenizer, RAG, "<answer>", r.found[0], settings)
     yield from finish(r, [], prompt, tokenizer, settings, ends)
@@ -256,23 +246,18 @@ WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write i
 
 BATCH = 256  # questions that are answered together
 
-def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None):
-    """Answer each question by a method of METHODS, all at once -> list of Rollouts in the order of the questions.
-    temperature, generator, slots: engine.run"""
-    ends, rollouts = engine.end_ids(policy, tokenizer), [Rollout(question, [], [], [], 0) for question in questions]
-    conversations = [(r, METHODS[method](r, tokenizer, settings, ends)) for r in rollouts]
-    find = lambda queries: search(queries, settings.top_k)
-    engine.run(policy, conversations, find, settings.max_length, 1, temperature, generator, slots)
-    return rollouts
-
 def evaluate(policy, tokenizer, questions, search, settings, method="search-r1", temperature=0.0, generator=None,
              slots=None):  # fmt: skip
-    """Answer every Question once -> (metrics as in mean_scores, Rollouts in the order of the questions)."""
-    most, rollouts = engine.GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else BATCH, []
+    """Answer every Question once by a method of METHODS -> (metrics as in mean_scores, Rollouts in the order of the
+    questions). temperature, generator, slots: engine.run"""
+    most = engine.GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else BATCH
     slots = slots or engine.Slots(policy, min(len(questions), most), settings.max_length)
+    ends, rollouts = engine.end_ids(policy, tokenizer), [Rollout(q, [], [], [], 0) for q in questions]
+    conversations = [(r, METHODS[method](r, tokenizer, settings, ends)) for r in rollouts]
+    find = lambda queries: search(queries, settings.top_k)
     for at in range(0, len(questions), BATCH):
-        batch = questions[at : at + BATCH]
-        rollouts += answer(policy, tokenizer, batch, search, settings, method, temperature, generator, slots)
+        batch = conversations[at : at + BATCH]
+        engine.run(policy, batch, find, settings.max_length, 1, temperature, generator, slots)
     return mean_scores([scores_of(r, method) for r in rollouts], [q.hops for q in questions]), rollouts
 
 # ----- 4. The comparison: methods x sets, kept batch by batch -----
@@ -299,8 +284,7 @@ def kept(path, config):
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Mistake(f"{file} is there and was not written by this script: give another --json") from None
     if differ:
-        other = f"{file} is of another comparison: {', '.join(sorted(differ))} differ"
-        raise Mistake(f"{other}; give another --json, or remove it")
+        raise Mistake(f"{file} is of another comparison: {', '.join(sorted(differ))} differ; give another --json FILE")
     os.truncate(file, len(whole + end))
     return records
 
@@ -314,9 +298,9 @@ def make_record(r, tokenizer, method, name, position):
     }  # fmt: skip
 
 def compare(args, methods, sets, settings, about, load):
-    """The comparison that the command line asks for: every method on every set -> metrics and intervals, as in summary.
-    With --json each batch of records is added to FILE.part, and a comparison that was killed asks only what has no
-    record there. For that load() gives policy, tokenizer, search. At the end FILE has it all, FILE.part goes."""
+    """The comparison that the command line asks for: every method on every set -> metrics, and intervals of em and f1,
+    both {method: {set: {name: value}}}. With --json each batch of records is added to FILE.part, and a killed one
+    asks only what has no record there. For that load() gives policy, tokenizer, search. At the end FILE has it all."""
     config = {
         "checkpoint": args.checkpoint, "methods": methods, "data": list(sets), "limit": args.limit,
         "temperature": args.temperature, "settings": asdict(settings), "trained": about,
@@ -330,32 +314,25 @@ def compare(args, methods, sets, settings, about, load):
     if todo:
         policy, tokenizer, search = load()
         slots = engine.Slots(policy, KEPT, settings.max_length)
-        generator = torch.Generator(policy.get_output_embeddings().weight.device)
     for method, name, at in tqdm(todo, unit=f" x {KEPT} questions"):
-        generator.manual_seed(at)  # a comparison that goes on draws what it would have drawn
+        generator = torch.Generator(policy.device).manual_seed(at)  # who goes on draws what would have been drawn
         asked, how = sets[name][at : at + KEPT], (settings, method, args.temperature, generator, slots)
-        rollouts = answer(policy, tokenizer, asked, search, *how)
+        _, rollouts = evaluate(policy, tokenizer, asked, search, *how)
         batch = [make_record(r, tokenizer, method, name, at + i) for i, r in enumerate(rollouts)]
         records += batch
         if args.json:
             with open(part, "a") as lines:
                 lines.write(json.dumps({"config": config, "records": batch}) + "\n")
-    metrics, intervals = summary(records)
+    metrics, intervals = {}, {}
+    for (method, name), of in itertools.groupby(records, lambda r: (r["method"], r["data"])):
+        of = list(of)
+        metrics.setdefault(method, {})[name] = mean_scores(of, [r["hops"] for r in of])
+        intervals.setdefault(method, {})[name] = {k: list(bootstrap_interval([r[k] for r in of])) for k in ("em", "f1")}
     if args.json:
         content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}
         with written_whole(args.json) as file:
             file.write(json.dumps(content, indent=1) + "\n")
         part.unlink(missing_ok=True)
-    return metrics, intervals
-
-def summary(records):
-    """Records -> (metrics, intervals of em and f1), both {method: {set: {name: value}}}."""
-    metrics, intervals = {}, {}
-    for (method, name), of in itertools.groupby(records, lambda r: (r["method"], r["data"])):
-        of = list(of)
-        metrics.setdefault(method, {})[name] = mean_scores(of, [r["hops"] for r in of])
-        interval = lambda key: list(bootstrap_interval([r[key] for r in of]))
-        intervals.setdefault(method, {})[name] = {key: interval(key) for key in ("em", "f1")}
     return metrics, intervals
 
 def aligned(rows):
@@ -365,7 +342,7 @@ def aligned(rows):
     return "\n".join("  ".join(cells(row)).rstrip() for row in rows)
 
 def comparison_table(metrics, intervals):
-    """What summary() gives -> text. Of several sets the exact match, a row a method and a column a set with the plain
+    """What compare() gives -> text. Of several sets the exact match, a row a method and a column a set with the plain
     mean over sets. Then all metrics, a row a method and set, or of a single one a row a metric. "-": it has none."""
     sets = list(next(iter(metrics.values())))
     matrix = [["EM", *sets, "average"]]
@@ -385,14 +362,11 @@ def comparison_table(metrics, intervals):
 
 # ----- 5. Curves -----
 
+HOPS = (", one hop", "_1hop"), (", two hops", "_2hop"), ("", "")
 CURVES = [  # title, metric, unit; a panel each, if there are points
-    ("held-out EM, one hop (greedy)", "eval/em_1hop", "share of questions"),
-    ("held-out EM, two hops (greedy)", "eval/em_2hop", "share of questions"),
-    ("held-out EM (greedy)", "eval/em", "share of questions"),
+    *((f"held-out EM{words} (greedy)", f"eval/em{hop}", "share of questions") for words, hop in HOPS),
     ("training reward (sampled)", "reward/mean", "mean reward"),
-    ("searches, one hop (greedy, held out)", "eval/searches_1hop", "searches a question"),
-    ("searches, two hops (greedy, held out)", "eval/searches_2hop", "searches a question"),
-    ("searches (greedy, held out)", "eval/searches", "searches a question"),
+    *((f"searches{words} (greedy, held out)", f"eval/searches{hop}", "searches a question") for words, hop in HOPS),
     ("response length (sampled)", "response_length/mean", "tokens, passages included"),
     ("KL to the base model", "kl", "nats a token"),
     ("entropy of the policy", "entropy", "nats a token"),
@@ -424,8 +398,7 @@ def curve(members, name):
     return [(step, sum(here) / len(here), min(here), max(here)) for step, here in zip(steps, at)]
 
 def plot_runs(runs, path, curves=CURVES):
-    """Draw {name: records} into one PNG or PDF. Runs named "x, seed 0", "x, seed 1" are one line, their mean, in a band
-    from the lowest to the highest."""
+    """Draw {name: records} into a picture. Runs "x, seed 0", "x, seed 1" are a line, their mean, in a min-max band."""
     from matplotlib.figure import Figure
 
     groups = {}
@@ -479,12 +452,7 @@ def ask(policy, tokenizer, question, search, settings, temperature=0.0, generato
     colour, question = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), whole_characters(question)
     r = begin(question, prompt_ids(question, tokenizer, settings), settings)
     show, append = live(tokenizer, colour), r.append
-
-    def append_and_show(*tokens):
-        append(*tokens)
-        show(r)
-
-    r.append = append_and_show  # tokens enter a record there and nowhere else
+    r.append = lambda *tokens: (append(*tokens), show(r))  # tokens enter a record there and nowhere else
     conversations = [(r, converse(r, tokenizer, settings, engine.end_ids(policy, tokenizer)))]
     find = lambda queries: search(queries, settings.top_k)
     try:
@@ -516,8 +484,7 @@ def parse(argv):
     add("--checkpoint", help="folder of a checkpoint (or a hub id)")
     add("--method", nargs="+", choices=METHODS, metavar="METHOD",
         help=f"any of {', '.join(METHODS)}; default: what it was trained for")  # fmt: skip
-    sets = "question files (JSON lines: id, question, golden_answers) or names of sets, joined by + into one"
-    add("--data", nargs="+", metavar="SET", help=f"{sets}; all: the paper's seven; default: the tiny world's")
+    add("--data", nargs="+", metavar="SET", help="question files, or sets by name (a+b; all: seven; default: tiny)")
     add("--corpus", help="passage file, index DIR, contexts, wiki18, bm25:..., http://... (default: as trained)")
     add("--encoder", help="of contexts and wiki18: hashed, or folder or hub id (default: as trained)")
     add("--world-seed", type=int, help="another tiny world than the checkpoint's")
@@ -548,8 +515,7 @@ def main(argv=None):
     settings = replace(settings, top_k=args.top_k or settings.top_k)
     methods = list(dict.fromkeys(args.method or [about["method"]]))
     specs, talking = args.data, args.chat or args.ask is not None
-    given = {name: getattr(args, name) for name in ("corpus", "encoder", "world_seed")}
-    about |= {name: value for name, value in given.items() if value is not None}
+    about |= {key: getattr(args, key) for key in ("corpus", "encoder", "world_seed") if getattr(args, key) is not None}
     if about["corpus"] and not (specs or talking):
         raise Mistake(f"this checkpoint searches {about['corpus']}; give --data, a FILE or the name of a set")
     if specs and not about["corpus"] and (talking or not set(methods) <= set(WITHOUT_SEARCH)):

@@ -23,6 +23,7 @@ c columns of a slice, K slices, D hidden. All sums are fp32, whatever dtype the 
     python tests/bench_kernels.py      time, memory and error of this file and of the usual expression
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -256,8 +257,7 @@ if HAVE_TRITON:
         if y_ptr is not None:
             my, g_kl = tl.load(numbers_ptr + 5 * n), tl.load(numbers_ptr + 6 * n)
             y = tl.load(y_ptr + row * y_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
-            zy = tl.maximum((y - my) * inverse_T, LOWEST_IN_KERNEL)
-            inner -= g_kl * (z - zy)
+            inner -= g_kl * (z - tl.maximum((y - my) * inverse_T, LOWEST_IN_KERNEL))
         is_target = column + first_column == tl.load(target_ptr + i)
         dx = (tl.where(is_target, g_logp, 0.0) - tl.exp(z - log_s) * inner) * inverse_T
         tl.store(out_ptr + row * columns + column, dx, mask=inside)
@@ -265,9 +265,8 @@ if HAVE_TRITON:
 # ----- 4. The autograd function: a loop over the slices -----
 
 def matmul_fp32(a, b):
-    """a [n, D] @ b [D, c] -> fp32 [n, c]. b is converted to the dtype of a. PITFALL: a bf16 result would round the
-    logits, which costs up to 0.03 in a log-probability. A product of two bf16 numbers is exact in fp32, so an fp32
-    result equals that of an fp32 lm_head with the same bf16 weights."""
+    """a [n, D] @ b [D, c] -> fp32 [n, c]; b is converted to the dtype of a. PITFALL: a bf16 result would round the
+    logits and cost up to 0.03 in a log-prob. fp32 holds products of bf16 numbers exactly, as with an fp32 lm_head."""
     with torch.autocast(a.device.type, enabled=False):  # autocast would round inputs or result to bf16 again
         b = b.to(a.dtype)  # fp32 master weights under bf16 hidden states: only a slice is converted at a time
         if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
@@ -282,9 +281,10 @@ def slice_of_logits(rows, weight, index_n, v, chunk):
         return rows[:, v : v + chunk], index_n  # a view: masked rows stay in it, unread
     return matmul_fp32(rows[index_n], weight[v : v + chunk].T), None
 
-def launch(kernel, grid, x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, first_column, temperature):
-    """Run a kernel on one slice. The arguments after the grid are those of its twin."""
+def launch(kernel, whole, x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, first_column, temperature):
+    """Run a kernel on one slice: a program a `whole` row, or one for BLOCK of its columns. The rest as for its twin."""
     x_stride, y_stride = x_Rc.stride(0), 0 if y_Rc is None else y_Rc.stride(0)
+    grid = len(target_n), 1 if whole else triton.cdiv(x_Rc.shape[1], BLOCK)
     with torch.cuda.device_of(x_Rc):  # PITFALL: Triton launches on the current GPU, which may not be the tensor's
         kernel[grid](x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, x_stride, y_stride, len(target_n),
                      x_Rc.shape[1], first_column, 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)  # fmt: skip
@@ -299,14 +299,11 @@ class RowsToLogprob(torch.autograd.Function):
         starts = range(0, vocabulary, chunk)
         state = new_state(n, rows.device)
         share = torch.empty(len(starts), 2, n, device=rows.device)
+        step = functools.partial(launch, statistics_kernel, True) if use_triton else statistics_twin
         for k, v in enumerate(starts if n else ()):  # a kernel cannot be launched for no rows
             x, active = slice_of_logits(rows, weight, index_n, v, chunk)
             y, _ = slice_of_logits(ref_rows, ref_weight, index_n, v, chunk)
-            arguments = x, y, active, target_n, state, share[k], v, temperature
-            if use_triton:
-                launch(statistics_kernel, (n,), *arguments)
-            else:
-                statistics_twin(*arguments)
+            step(x, y, active, target_n, state, share[k], v, temperature)
         outputs = finish_state(state, temperature, ref_rows is not None)
         # The probability of each slice under each row. It decides what the backward pass may skip.
         mass_Kn = share[:, 1] * torch.exp((share[:, 0] - state[0]) / temperature) / state[1]
@@ -340,17 +337,14 @@ class RowsToLogprob(torch.autograd.Function):
         else:  # PITFALL: here the K slices add up, in fp32. A sum in bf16 would be rounded K times.
             d_rows = torch.zeros(len(index_n), rows.shape[1], device=rows.device)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        step = functools.partial(launch, gradient_kernel, False) if use_triton else gradient_twin
         for v, live_n in zip(starts, live):
             if not len(live_n):
                 continue
             x, active = slice_of_logits(rows, weight, index_n[live_n], v, chunk)
             y, _ = slice_of_logits(ref_rows, ref_weight, index_n[live_n], v, chunk)
             dx = d_rows[:, v : v + chunk] if weight is None else torch.empty_like(x, dtype=rows.dtype)
-            arguments = x, y, active, target_n[live_n], numbers[:, live_n], dx, v, temperature
-            if use_triton:
-                launch(gradient_kernel, (len(live_n), triton.cdiv(x.shape[1], BLOCK)), *arguments)
-            else:
-                gradient_twin(*arguments)
+            step(x, y, active, target_n[live_n], numbers[:, live_n], dx, v, temperature)
             if weight is not None and ctx.needs_input_grad[0]:
                 d_rows.index_add_(0, live_n, matmul_fp32(dx, weight[v : v + chunk]))
             if d_weight is not None:  # one product writes this slice of the weight's gradient, once
@@ -369,8 +363,7 @@ def resolve_impl(impl, tensor):
     if impl == "auto":
         return HAVE_TRITON and tensor.is_cuda and not interpreted()
     if impl == "triton" and not (HAVE_TRITON and (tensor.is_cuda or interpreted())):
-        needs = "the package triton, and a GPU or TRITON_INTERPRET=1 set before kernels is imported"
-        raise ValueError(f"impl='triton' with a tensor on {tensor.device} needs {needs}; use 'auto'")
+        raise ValueError(f"impl='triton' on {tensor.device} needs the package triton, and a GPU or TRITON_INTERPRET=1")
     return impl == "triton"
 
 def default_chunk(n, vocabulary, device_type):

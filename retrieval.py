@@ -104,8 +104,7 @@ def whole_characters(text):
 def split_contents(contents):
     """`"Title"\\ntext` -> (title, text). Only one pair of quotes is removed: a title may have quotes of its own."""
     title, _, text = map(str.strip, whole_characters(contents).partition("\n"))
-    quoted = len(title) > 1 and title[0] == title[-1] == '"'
-    return title[1:-1] if quoted else title, text
+    return (title[1:-1] if len(title) > 1 and title[0] == title[-1] == '"' else title), text
 
 def parse_passage(line, where):
     """A line of a corpus (bytes) -> Passage. ValueError, beginning with `where`, if it is no passage."""
@@ -304,13 +303,10 @@ class FlatOnCard:
     def search(self, query_SE, k):
         """Like the search of a FAISS index: fp32 [S, E] -> (scores [S, K] fp32, rows [S, K] int64), k <= N."""
         import torch
-        found = []
-        for query_sE in torch.from_numpy(query_SE).to(self.vectors_NE).split(64):  # 4 N bytes of scores a query
-            if query_sE.is_cuda:  # PITFALL: scores in fp16 would tie, 0.0005 apart
-                scores_sN = torch.mm(query_sE, self.vectors_NE.T, out_dtype=torch.float32)
-            else:
-                scores_sN = query_sE.float() @ self.vectors_NE.T.float()
-            found.append(scores_sN.topk(k))
+        from kernels import matmul_fp32
+        pieces = torch.from_numpy(query_SE).to(self.vectors_NE).split(64)  # 4 N bytes of scores a query
+        # PITFALL: scores in fp16 would tie, 0.0005 apart.
+        found = [matmul_fp32(query_sE, self.vectors_NE.T).topk(k) for query_sE in pieces]
         return [torch.cat(parts).cpu().numpy() for parts in zip(*found)]
 
 class BM25:
@@ -328,16 +324,13 @@ class BM25:
         if file and file.exists():
             with np.load(file) as saved:
                 self.starts, self.rows, self.weights = saved["starts"], saved["rows"], saved["weights"]
-                vocabulary = saved["vocabulary"].tobytes().decode().split("\n")
-            self.vocabulary = {word: i for i, word in enumerate(vocabulary)}
+                self.vocabulary = {word: i for i, word in enumerate(saved["vocabulary"].tobytes().decode().split("\n"))}
             return
-        self.vocabulary, word_ids, rows, counts = {}, array("i"), array("i"), array("i")
+        self.vocabulary, table = {}, array("i")  # of each word of a passage: its number, the row, its count
         for row, passage in enumerate(tqdm(passages, desc="counting words", delay=2)):
             for word, count in Counter(words(HashedEncoder.text(passage))).items():
-                word_ids.append(self.vocabulary.setdefault(word, len(self.vocabulary)))
-                rows.append(row)
-                counts.append(count)
-        word_ids, rows, counts = (np.frombuffer(a, np.int32) for a in (word_ids, rows, counts))
+                table.extend((self.vocabulary.setdefault(word, len(self.vocabulary)), row, count))
+        word_ids, rows, counts = np.frombuffer(table, np.int32).reshape(-1, 3).T
         order = np.argsort(word_ids, kind="stable")
         df = np.bincount(word_ids, minlength=len(self.vocabulary))
         idf = np.log(1 + (self.n - df + 0.5) / (df + 0.5))
@@ -506,11 +499,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             request = json.loads(self.rfile.read(int(length)))  # a body that is cut short is no JSON, either
             queries, top_k = request.get("queries", [request.get("query")]), request.get("topk") or self.server.top_k
-            good = type(queries) is list and len(queries) <= MAX_QUERIES and all(isinstance(q, str) for q in queries)
-            good = good and type(top_k) is int and 1 <= top_k <= MAX_TOP_K  # a bool is an int, too
-        except (ValueError, RecursionError, AttributeError):  # no JSON; JSON, but no object
-            good = False
-        if not good:
+            strings = type(queries) is list and len(queries) <= MAX_QUERIES and all(isinstance(q, str) for q in queries)
+            if not (strings and type(top_k) is int and 1 <= top_k <= MAX_TOP_K):  # a bool is an int, too
+                raise ValueError
+        except (ValueError, RecursionError, AttributeError):  # no JSON; JSON, but no object; or something else in it
             needs = f'{{"queries": up to {MAX_QUERIES} strings, "topk": a whole number up to {MAX_TOP_K}}}'
             return self.reply(400, error=f"the body must be JSON: {needs}")
         try:

@@ -40,7 +40,7 @@ import copy
 import itertools
 import re
 import string
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 
 import torch
@@ -61,32 +61,26 @@ class Question:
     path: tuple = ()  # in the tiny world: entity, relation of the first hop, relation of the second hop
 
 # The official text to the letter, "as your want" included: trained checkpoints know it this way.
-TEMPLATE = (
-    "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
-    "information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query "
-    "</search> and it will return the top searched results between <information> and </information>. You can search as "
-    "many times as your want. If you find no further external knowledge needed, you can directly provide the answer "
-    "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. "
-    "Question: {question}\n"
-)
+TEMPLATE = ("Answer the given question. You must conduct reasoning inside <think> and </think> first every time you "
+            "get new information. After reasoning, if you find you lack some knowledge, you can call a search engine "
+            "by <search> query </search> and it will return the top searched results between <information> and "
+            "</information>. You can search as many times as your want. If you find no further external knowledge "
+            "needed, you can directly provide the answer inside <answer> and </answer>, without detailed "
+            "illustrations. For example, <answer> Beijing </answer>. Question: {question}\n")  # fmt: skip
 # The paper's "R1" baseline: the same reinforcement learning without a search engine.
 NO_SEARCH_TEMPLATE = (
     "Answer the given question. You should first have a reasoning process in mind and then provides the answer. Show "
     "your reasoning in <think> </think> tags and return the final answer in <answer> </answer> tags, for example "
-    "<answer> Beijing </answer>. Question: {question}\n"
-)
+    "<answer> Beijing </answer>. Question: {question}\n")  # fmt: skip
 
-# [ours] A small model cannot use the official instructions. It learns the tags from examples (train.py --algo format),
-# and this prompt costs a tenth of the tokens.
+# [ours] "short": a tenth of the tokens, for a model that learns the tags from examples (train.py --algo format).
 PROMPTS = {"official": None, "short": "Search, read, then answer. Question: {question}\n"}
 
 def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts):
     """question str -> prompt str: the official template, as one user message if the tokenizer has a chat template. Base
     models go through the chat template, too, as in the official code; without it a 3B base model loses about eight
     points. template: another one, with {question} and whatever `parts` fill (the baselines of eval.py)."""
-    question = question.strip()
-    if not question.endswith("?"):
-        question += "?"
+    question = question.strip().removesuffix("?") + "?"
     content = (template or (TEMPLATE if do_search else NO_SEARCH_TEMPLATE)).format(question=question, **parts)
     if getattr(tokenizer, "chat_template", None):
         message = {"role": "user", "content": content}
@@ -95,17 +89,14 @@ def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts
 
 # ----- 2. One turn: what the policy asks for, what the search engine answers (Sec. 3.2) -----
 
-@dataclass(frozen=True)
-class Action:
-    kind: str  # "search", "answer" or "invalid"
-    content: str  # the query or the answer, stripped; "" if invalid
+# kind: "search", "answer" or "invalid"; content: the query or the answer, stripped; "" if invalid.
+Action = namedtuple("Action", "kind content")
 
 ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 STOP_TAGS = ("</search>", "</answer>")
 
 def parse_action(text):
-    """The text of one turn -> Action. The first complete tag pair wins; without one the turn is invalid. An empty
-    `<search></search>` is a search for "", as in the official code."""
+    """The text of one turn -> Action. The first complete tag pair wins, an empty one, too, as in the official code."""
     match = ACTION.search(text)
     return Action(match.group(1), match.group(2).strip()) if match else Action("invalid", "")
 
@@ -119,10 +110,9 @@ def format_information(passages):
 
 # PAPER vs CODE: Algorithm 1 tells an invalid turn the short sentence, the official code the long one.
 RETHINK = "\nMy action is not correct. Let me rethink.\n"
-INVALID_ACTION = (
-    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. "
-    "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
-)
+INVALID_ACTION = ("\nMy previous action is invalid. If I want to search, I should put the query between <search> and "
+                  "</search>. If I want to give the final answer, I should put the answer between <answer> and "
+                  "</answer>. Let me try again.\n")  # fmt: skip
 INVALID_MESSAGES = {"paper": RETHINK, "official": INVALID_ACTION}
 
 # ----- 3. The conversation (Algorithm 1) -----
@@ -281,8 +271,7 @@ def f1_score(prediction, gold_answers):
         if normal != gold and {normal, gold} & {"yes", "no", "noanswer"}:
             continue
         common = sum((Counter(normal.split()) & Counter(gold.split())).values())
-        if common:
-            best = max(best, 2 * common / (len(normal.split()) + len(gold.split())))
+        best = max(best, 2 * common / max(1, len(normal.split()) + len(gold.split())))
     return best
 
 def extract_answer(response):
@@ -312,11 +301,9 @@ class Batch:
     def rows(self, index):
         """The rows in `index` (long tensor) as a Batch of their own, cut to the longest of them."""
         L = int(self.lengths_B[index].max())
-        cut = lambda x_BT: None if x_BT is None else x_BT[index, : L - 1]
-        return Batch(
-            self.ids_BL[index, :L], cut(self.mask_BT), cut(self.old_logprobs_BT), self.lengths_B[index],
-            cut(self.ref_logprobs_BT), cut(self.advantages_BT), cut(self.values_BT), cut(self.returns_BT),
-        )  # fmt: skip
+        of_tokens = {name: x for name, x in vars(self).items() if name.endswith("_BT") and x is not None}
+        cut = {name: x_BT[index, : L - 1] for name, x_BT in of_tokens.items()}
+        return Batch(self.ids_BL[index, :L], lengths_B=self.lengths_B[index], **cut)
 
 def collate(rollouts, device="cpu", mask_retrieved=True):
     """list of B Rollouts -> Batch. Here, once, L positions become T = L-1 predictions: token t+1 is scored at t.
@@ -344,9 +331,8 @@ def head_inputs(policy, ids_BL):
 
 def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0, ref_hidden_BTD=None, ref_weight_VD=None):
     """log pi(y_t | x, y_<t; R) of each token, and what else one pass over the vocabulary gives -> kernels.LogprobKL:
-    logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; all fp32 [B, T], 0 where the mask is False.
-    The lm_head runs over masked-in positions only. Policy, old policy and reference all come through here. The last two
-    numbers need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0."""
+    logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; all fp32 [B, T], 0 where the mask is False and not computed.
+    The last two need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0."""
     return fused_linear_logprob_kl(*head_inputs(policy, ids_BL), mask_BT, ref_hidden_BTD, ref_weight_VD, temperature)
 
 class Critic(torch.nn.Module):
@@ -410,7 +396,6 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
 def whiten(x, mask):
     """Shift and scale x [B, T] to mean 0 and unbiased standard deviation 1 over the unmasked batch; 0 where masked."""
-    mask = mask.bool()
     count = mask.sum().clamp_min(1)
     mean = torch.where(mask, x, 0.0).sum() / count
     centred = torch.where(mask, x - mean, 0.0)
@@ -477,8 +462,7 @@ def check_format(response):
     return (True, "") if state == "end" else (False, f"ended in state {state}")
 
 def policy_view(rollout):
-    """The response with every block of passages emptied. The format is checked on this, so that a passage that was cut
-    or holds tags can neither spoil nor forge the policy's format."""
+    """The response with every block of passages emptied: a passage can neither spoil nor forge the policy's format."""
     blocks = ["" if passages is None else "<information></information>" for passages in rollout.found]
     return "".join(text + block for text, block in zip(rollout.turns, blocks))
 
@@ -511,8 +495,7 @@ HARMLESS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x
 
 def parts(r, tokenizer):
     """The response in runs of one mask value -> list of (text, True where the policy wrote it, range of its positions).
-    Earlier parts never change while a rollout grows. A tokenizer of words leaves out the space between two parts; it is
-    put back at the beginning of the second one."""
+    Earlier parts never change as a rollout grows. The space that a tokenizer of words leaves out begins the next."""
     found, before = [], ""
     for own, run in itertools.groupby(range(r.prompt_length, len(r.ids)), r.response_mask.__getitem__):
         run = list(run)
@@ -572,17 +555,12 @@ def play(r, talk, turns, search):
 def demo():
     """Print one scripted conversation over two passages with its mask, and what the reward makes of it."""
     from retrieval import Passage, build_index
-
-    passages = [
-        Passage("0", "Ada Lovelace", "Ada Lovelace, born in London, wrote the first program for Babbage's engine."),
-        Passage("1", "London", "London stands on the River Thames."),
-    ]
+    ada = "Ada Lovelace, born in London, wrote the first program for Babbage's engine."
+    passages = [Passage("0", "Ada Lovelace", ada), Passage("1", "London", "London stands on the River Thames.")]
     question = Question("0", "On which river was the first programmer born?", ("River Thames",))
-    turns = [
-        "<think>I need to find the first programmer.</think>\n<search> first program engine born </search>",
-        "<think>She was born in London. Which river is that?</think>\n<search> London river </search>",
-        "<think>The Thames.</think>\n<answer> the River Thames </answer>",
-    ]
+    turns = ["<think>I need to find the first programmer.</think>\n<search> first program engine born </search>",
+             "<think>She was born in London. Which river is that?</think>\n<search> London river </search>",
+             "<think>The Thames.</think>\n<answer> the River Thames </answer>"]  # fmt: skip
     tokenizer, settings, index = ByteTokenizer(), Settings(max_new_tokens=200), build_index(passages)
     r = begin(question, prompt_ids(question, tokenizer, settings), settings)
     find = lambda query: index.search([query], settings.top_k)[0]

@@ -49,7 +49,7 @@ from tqdm import tqdm
 import data
 from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main
 from engine import Slots, end_ids, run
-from eval import complete, direct_ids, evaluate, plot_runs, read_log, read_runs, reading_ids
+from eval import complete, direct_ids, evaluate, plot_runs, read_log, reading_ids
 from models import (PRESETS, Costs, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak,
     role, size, trained)  # fmt: skip
 from retrieval import SearchFailed, written_whole
@@ -156,8 +156,8 @@ def train(config, policy, task):
     start = restore(models, config)
     if start is None:
         start = first_evaluation(config, policy, task, slots)
-    records = list(read_log(out / "metrics.jsonl"))
-    record, ill = records[-1], watcher(records[1:], config)  # of the last step
+    base, *records = read_log(out / "metrics.jsonl")
+    record, told = records[-1] if records else base, set()  # of the last step; signs that were told
 
     bar = tqdm(initial=start, total=config.steps, desc=config.algo)
     with orderly_end(models, task, config) as stop, bar:
@@ -196,7 +196,7 @@ def train(config, policy, task):
             # Phase 7. Log.
             record = measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config)
             bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
-            if ill(record) and config.stop_on_collapse:
+            if tell_signs(record, records, told, config) and config.stop_on_collapse:
                 stop.append("collapse")
 
             # Phase 8. Evaluate and save.
@@ -215,10 +215,9 @@ def train(config, policy, task):
 # ----- 3. Phases 2 to 5: who writes, rewards, log-probs and values, advantages without a critic -----
 
 def writer(models, task, config):
-    """-> (Slots of the policy, phase 2 as a function: write(questions, others, generator, rng) -> Rollouts, and the
-    number of groups that were redrawn). The policy writes, or the base model [D17], which has slots of its own, since a
-    captured decoding step knows one role. others: lists of questions. [DAPO: dynamic sampling] From each in turn come
-    groups in place of those whose rewards are all equal: their advantages are 0 [Eq. 3]."""
+    """-> (Slots of the policy; phase 2: write(questions, others, generator, rng) -> Rollouts, number of redraws).
+    The policy writes, or the base model [D17], in slots of its own: a captured decoding step knows one role. others:
+    lists of questions. [DAPO: dynamic sampling] Each in turn replaces the groups of equal rewards [Eq. 3]."""
     count = config.slots or config.batch_size * config.group_size
     new_slots = lambda: Slots(models.policy, count, config.max_length, graphs=not config.no_cuda_graphs)
     slots = new_slots()
@@ -269,8 +268,7 @@ def format_examples(reader, task, questions, settings, rng, slots):
     last passages. No gold answer is used, and nothing says which query is right."""
     tokenizer, ends = task.tokenizer, end_ids(reader, task.tokenizer)
     rollouts = [begin(q, prompt_ids(q, tokenizer, settings), settings) for q in questions]
-    own = [random.Random(rng.random()) for _ in rollouts]  # who comes first depends on the slots
-    conversations = [(r, poor_policy(r, tokenizer, settings, ends, own_rng)) for r, own_rng in zip(rollouts, own)]
+    conversations = [(r, poor_policy(r, tokenizer, settings, ends, random.Random(rng.random()))) for r in rollouts]
     find = lambda queries: task.search(queries, settings.top_k)
     run(reader, conversations, find, settings.max_length, temperature=0.0, slots=slots)
     whole = [r for r in rollouts if r.finished]
@@ -279,7 +277,7 @@ def format_examples(reader, task, questions, settings, rng, slots):
     return whole
 
 def poor_policy(r, tokenizer, settings, ends, rng):
-    """One of these conversations, a generator as engine.run takes it. `converse` holds it, and is given a script."""
+    """`converse` holds the conversation and is given a script. Slots decide who begins: each has an rng of its own."""
     talk, words = converse(r, tokenizer, settings, ends), r.question.text.split()
     next(talk)
     for _ in range(min(settings.max_turns, rng.choice((1, 1, 2)))):
@@ -485,30 +483,22 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
         "env/repeated_search": mean([len(set(r.searches)) < len(r.searches) for r in rollouts]),
         "env/empty_search": empty / max(1, sum(r.num_searches for r in rollouts)),
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
-        "env/number_of_valid_search": mean([r.num_searches for r in rollouts]),
-        **searches_by_hops(rollouts),
+        "env/number_of_valid_search": mean([r.num_searches for r in rollouts]), **searches_by_hops(rollouts),
         "env/finish_ratio": mean([r.finished for r in rollouts]), "state_tokens/coverage": sum(own) / sum(response),
         "tokens_per_s": sum(len(r.ids) for r in rollouts) / costs.seconds, **costs.metrics,
         "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
     }  # fmt: skip
 
-def watcher(records, config):
-    """Metrics of the steps so far -> a function that takes those of one more, tells each sign of health() once and says
-    whether there were any."""
-    records, told = list(records), set()
-
-    def ill(record):
-        records[:] = records[:5] + records[5:][-4:] + [record]
-        for sign in set(health(records, config)) - told:
-            tqdm.write(f"step {record['step']}: {sign}")
-            told.add(sign)
-        return bool(told)
-
-    return ill
+def tell_signs(record, records, told, config):
+    """Add the metrics of a step to the earlier ones, tell each sign of health() once -> have there been any?"""
+    records[5:] = [*records[5:][-4:], record]  # health looks at the first five and the last five
+    for sign in set(health(records, config)) - told:
+        tqdm.write(f"step {record['step']}: {sign}")
+        told.add(sign)
+    return bool(told)
 
 def health(records, config):
-    """Metrics of the steps so far -> what looks ill in the last five, beside the first five, and what helps. Healthy
-    runs of the tiny world stay below the bounds (LOG.md, 29)."""
+    """Metrics of the steps so far -> what looks ill in the last five beside the first five, and what helps."""
     if len(records) < 10:
         return []
     mean = lambda part, name: sum(r.get(name, 0.0) for r in part) / 5
@@ -516,10 +506,12 @@ def health(records, config):
     grew = lambda name, least, times: now(name) > max(least, times * then(name))
     dull = config.group_size > 1 and now("frac_reward_zero_std") > 0.9 and now("reward/mean") < 0.5
     lost = [name for name in ("env/ratio_of_valid_action", "env/finish_ratio") if now(name) < 0.8 * then(name)]
+    centred = config.algo not in FINE_TUNING and (config.algo != "grpo" or config.group_size > 1)
     sure = 0 < now("entropy") < 0.15 * then("entropy") and now("reward/mean") < 0.7
     signs = {
         "it writes more and more at random (entropy): lower --lr, raise --kl-coef": grew("entropy", 1.0, 2),
         "it is sure of itself too early (entropy): lower --lr, larger batches, --entropy-coef 0.001": sure,
+        "advantages are not centred (policy_loss): is their baseline well?": centred and abs(now("policy_loss")) > 0.5,
         "most searches find nothing (empty_search): is the search engine well?": now("env/empty_search") > 0.5,
         "it is far from where it began (kl): lower --lr, raise --kl-coef": grew("kl", 1.0, 2),
         "gradients grow (grad_norm): larger batches, or a lower --lr": grew("grad_norm", 2 * config.max_grad_norm, 3),
@@ -547,12 +539,11 @@ def evaluation(step, policy, task, slots, config):
             sampled, _ = evaluate(policy, task.tokenizer, questions, *how, config.temperature, generator, slots)
             metrics |= {f"{name}/sampled_{key}": sampled[key] for key in sampled if key.startswith("em")}
     r, gold = rollouts[-1], rollouts[-1].question.gold_answers
-    sample = {
+    append(Path(config.output_dir) / "samples.jsonl", {
         "step": step, "question": r.question.text, "golden_answers": list(gold), "answer": r.answer,
         "reward": outcome_reward(r.answer, gold), "searches": r.searches,
         "prompt": task.tokenizer.decode(r.ids[: r.prompt_length]), "transcript": transcript(r, task.tokenizer),
-    }  # fmt: skip
-    append(Path(config.output_dir) / "samples.jsonl", sample)
+    })  # fmt: skip
     earlier = [r for r in read_log(Path(config.output_dir) / "metrics.jsonl") if "eval/em" in r] if step else []
     tqdm.write(f"step {step}: {in_words(metrics, earlier[-1] if earlier else metrics)}")
     return metrics | {"timing_s/eval": time.perf_counter() - began}
@@ -654,8 +645,7 @@ def restore(models, config):
     if newest is None:
         return None
     try:
-        # To the CPU first: a second copy might not fit on the card.
-        state = torch.load(newest / "trainer_state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(newest / "trainer_state.pt", map_location="cpu", weights_only=True)  # a card may lack room
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise Mistake(f"{newest}/trainer_state.pt cannot be read: {error!r:.99}; a new run: --model {newest}") from None
     for name, network, optimizer in models.learners():
@@ -712,8 +702,7 @@ def orderly_end(models, task, config):
         with shortage_named(config):
             yield stop
     except (SearchFailed, Mistake) as error:
-        *_, last = read_log(out / "metrics.jsonl")
-        step = last["step"]
+        step = [record["step"] for record in read_log(out / "metrics.jsonl")][-1]
         kept = f"saved after step {step}"
         if not (out / f"checkpoint-{step}").exists():
             save_checkpoint(step, models, task.tokenizer, config)
@@ -741,7 +730,6 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     if not config.model:
         return load_tiny(config, device, format_steps)
     policy, tokenizer = load_checkpoint(config.model, device, data.weights_dtype(config.dtype, device))
-    # Sets by name have an evaluation split of their own; of a file the last tenth is held out.
     eval_data = config.eval_data or ("" if Path(config.train_data).is_file() else config.train_data)
     others = data.question_files(eval_data, "eval") if eval_data else []
     questions, engine, _ = data.task(0, config.corpus, config.train_data, "train", config.encoder, others, device)
@@ -758,8 +746,7 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     @functools.lru_cache(maxsize=2)
     def order(epoch):  # sorting and shuffling once an epoch, not at every step
         shuffled = random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
-        first = config.easy_first and epoch == 0
-        return sorted(shuffled, key=lambda q: (q.hops, rank[q])) if first else shuffled
+        return sorted(shuffled, key=lambda q: (q.hops, rank[q])) if rank and epoch == 0 else shuffled
 
     def draw(step, _):  # a function of the step alone, so that a resumed run goes on as planned
         epoch, first = divmod((step - 1) * config.batch_size, len(questions))
@@ -777,7 +764,6 @@ def first_ranks(questions, search, most=3):
 def load_tiny(config, device, format_steps):
     """The tiny world and its base model, made on the spot at the first run -> (policy, Task)."""
     held_out, engine, world = data.task(config.world_seed)
-    # Made for this K: a base model cannot read blocks of a length that it has never seen.
     base = data.BaseConfig(seed=config.seed, top_k=config.top_k, policy_steps=format_steps)
     policy, tokenizer, folder = data.base_model(base, "outputs")
     policy = policy.to(device)
@@ -796,20 +782,17 @@ def load_tiny(config, device, format_steps):
 # ----- 7. The command line, and what came out -----
 
 CHOICES = {
-    "preset": tuple(dict.fromkeys(name.split("/")[0] for name in PRESETS)),
+    "preset": tuple(dict.fromkeys(name.split("/")[0] for name in PRESETS)), "dtype": data.DTYPES,
     "algo": ("ppo", "grpo", "reinforce", *FINE_TUNING), "kl_in": ("reward", "loss"), "kl": ("k3", "exact"),
-    "reward": tuple(REWARDS), "prompt": tuple(PROMPTS), "dtype": data.DTYPES,
-    "invalid_message": tuple(INVALID_MESSAGES),
+    "reward": tuple(REWARDS), "prompt": tuple(PROMPTS), "invalid_message": tuple(INVALID_MESSAGES),
 }  # fmt: skip
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
             "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
 NOT_NEGATIVE = ("search_patience max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank "
                 "lora_layers slots weight_decay keep save_every").split()  # fmt: skip
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
-RESUME_MAY_CHANGE = {
-    "steps", "save_every", "keep", "slots", "micro_batch_tokens", "gradient_checkpointing", "no_cuda_graphs", "wandb",
-    "search_patience", "stop_on_collapse",
-}  # fmt: skip
+RESUME_MAY_CHANGE = set("steps save_every keep slots micro_batch_tokens gradient_checkpointing no_cuda_graphs wandb "
+                        "search_patience stop_on_collapse".split())  # fmt: skip
 
 def parse_flags(argv):
     """Command line -> {name: value} of the flags that were given."""
@@ -861,9 +844,8 @@ def check_config(c):
         "--kl exact is a loss: give --kl-in loss, too": c.kl == "exact" and c.kl_in != "loss",
         f"--kl exact: --algo {c.algo} has no KL in its loss": c.kl == "exact" and c.algo in FINE_TUNING,
     }  # fmt: skip
-    for message, found in wrong.items():
-        if found:
-            raise Mistake(message)
+    if mistakes := [message for message, found in wrong.items() if found]:
+        raise Mistake(mistakes[0])
     return c
 
 def resumed_config(given):
@@ -875,8 +857,7 @@ def resumed_config(given):
         raise Mistake(f"--resume: {folder} is no folder of a run: {error}") from None
     if list(Path(folder).glob("checkpoint-*")) and not list(Path(folder).glob("checkpoint-*/trainer_state.pt")):
         raise Mistake(f"--resume: no checkpoint in {folder} has the trainer_state.pt that it takes to continue")
-    unknown = set(saved) - {f.name for f in fields(Config)}
-    if unknown:
+    if unknown := set(saved) - {f.name for f in fields(Config)}:
         raise Mistake(f"{folder} was made by another version, with flags that are gone: {', '.join(sorted(unknown))}")
     saved = asdict(Config()) | saved  # a flag may be younger than the run
     for name in set(given) - {"resume", "output_dir"} - RESUME_MAY_CHANGE:
@@ -896,14 +877,13 @@ def main(argv=None):
         with alone_in(config.output_dir):
             train(config, policy, task)
     out = Path(config.output_dir)
-    runs = read_runs([out])
-    (records,) = runs.values()
+    records = list(read_log(out / "metrics.jsonl"))
     # On a GPU all that the card has lent, to other programs, too; the log has each phase. Else Python, too.
     held = max(r.get("memory_gib/card", 0) for r in records) * 2**30 or peak_bytes(policy.device)
     print(f"memory, predicted: {size(predicted_peak(memory)[0])}; measured, all included: {size(held)}; all in {out}")
     phases = ("rollout", "logprobs", "update", "eval")
     print("seconds: " + ", ".join(f"{p} {sum(r.get(f'timing_s/{p}', 0) for r in records):.0f}" for p in phases))
-    plot_runs(runs, out / "curves.png")
+    plot_runs({out.name: records}, out / "curves.png")
     samples = list(read_log(out / "samples.jsonl"))
     for title, sample in (("before training", samples[0]), (f"after {config.steps} steps", samples[-1])):
         gold = " or ".join(sample["golden_answers"])

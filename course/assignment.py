@@ -2,10 +2,12 @@
 
     python -m course.assignment ../starter                          all exercises
     python -m course.assignment ../starter --exercises 1-11         the losses and what leads up to them
+    python -m course.assignment bughunt ../hunt-ada --seed ada      the project with three mistakes, for one student
 """
 
 import ast
 import shutil
+import sys
 from pathlib import Path
 
 from course.exercises import EXERCISES, chosen, table
@@ -86,7 +88,16 @@ def write_starter(out, numbers):
 
 
 def main(argv=None):
-    parser = Parser(description="Write a starter for the exercises.")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bughunt"]:
+        from course.mutants import write_bughunt  # here: that file imports this one
+        parser = Parser(prog="assignment.py bughunt", description="Write the project with three mistakes in it.")
+        parser.add_argument("output", metavar="OUT", help="a folder that does not exist yet")
+        parser.add_argument("--seed", required=True, help="the student's name: it says which three they are")
+        args = parser.parse_args(argv[1:])
+        write_bughunt(args.output, args.seed)
+        return print(f"wrote {args.output}; the answer: python -m course.grade {args.output} --bughunt {args.seed}")
+    parser = Parser(description="Write a starter for the exercises, or a bug hunt (bughunt --help).")
     parser.add_argument("output", metavar="OUT", help="a folder that does not exist yet")
     parser.add_argument("--exercises", default="", help="like 1-6 or 3,7-9 (default: all)")
     args = parser.parse_args(argv)

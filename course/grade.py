@@ -3,6 +3,7 @@
     python -m course.grade ../starter                                  points, and for what is red the claim and a hint
     python -m course.grade ../starter --exercises 5-8 --json points.json
     python -m course.grade --run outputs/run-1                         a training run: is it what it says, is it good?
+    python -m course.grade ../hunt-ada --bughunt ada                   which of the three mistakes are mended
 
 Only the scripts are taken from the student. The tests come from here, so that an edited test changes nothing. An
 exercise that is empty or wrong does not spoil another one: for that one, the solution stands in its place.
@@ -169,6 +170,7 @@ def main(argv=None):
     parser.add_argument("folder", nargs="?", metavar="DIR", help="what course.assignment wrote, and a student's work")
     parser.add_argument("--exercises", default="", help="like 1-6 or 3,7-9 (default: all)")
     parser.add_argument("--run", metavar="RUN", help="the folder of a training run in a tiny world, instead")
+    parser.add_argument("--bughunt", metavar="SEED", help="DIR is the bug hunt of this seed")
     parser.add_argument("--json", metavar="FILE", help="the same as JSON, for an autograder")
     parser.add_argument("--seconds", type=int, default=300, help="time limit of the tests (default: 300)")
     args = parser.parse_args(argv)
@@ -179,9 +181,14 @@ def main(argv=None):
         checks = grade_run(args.run)
         results = [{"check": what, "wrong": why} for what, why in checks]
         print("\n".join(f"{'wrong' if why else 'fine '}  {what}{f': {why}' if why else ''}" for what, why in checks))
+    elif not (Path(args.folder) / "searchr1.py").exists():
+        raise Mistake(f"{args.folder} has no searchr1.py: give the folder that course.assignment wrote")
+    elif args.bughunt:
+        from course.mutants import grade_bughunt  # here: that file imports this one
+        results = grade_bughunt(args.folder, args.bughunt, args.seconds)
+        for r in results:
+            print(f"{'NOT mended' if r['red'] else 'mended    '}  {r['file']}: {r['lesson']}")
     else:
-        if not (Path(args.folder) / "searchr1.py").exists():
-            raise Mistake(f"{args.folder} has no searchr1.py: give the folder that course.assignment wrote")
         results = grade(args.folder, chosen(args.exercises), args.seconds)
         show(results)
     if args.json:

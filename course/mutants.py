@@ -2,11 +2,10 @@
 
     python -m course.mutants                                try them all: a test must turn red for each (minutes)
     python -m course.mutants --only 4,9                     these two
-    python -m course.mutants --bughunt OUT --seed ada       a project with three of them, and without tests
-    python -m course.mutants --check OUT --seed ada         which of the three are mended, and what they were
 
-The bug hunt: read the code beside the paper, find three lines that do not do what the paper says, write for each a test
-that is red before and green after. Which three they are depends on the seed, so give every student another one.
+The bug hunt (`python -m course.assignment bughunt OUT --seed ada`): read the code beside the paper, find three lines
+that do not do what the paper says, write for each a test that is red before and green after. Which three they are
+depends on the seed, so give every student another one.
 """
 
 import random
@@ -243,24 +242,18 @@ def write_bughunt(out, seed):
     (out / "HUNT.md").write_text(HANDOUT)
 
 
+def grade_bughunt(folder, seed, seconds):
+    """A student's bug hunt and its seed -> list of {file, lesson, red: is the mistake still there?}."""
+    bugs = planted(seed)
+    verdicts = run_tests(folder, [bug.test for bug in bugs], seconds)
+    return [{"file": bug.file, "lesson": bug.lesson, "red": verdicts[bug.test] is not None} for bug in bugs]
+
+
 def main(argv=None):
-    parser = Parser(description="Try the mutants, or plant three of them.")
-    only = parser.add_mutually_exclusive_group().add_argument
-    only("--only", default="", metavar="N,N", help="numbers of mutants to try (default: all)")
-    only("--bughunt", metavar="OUT", help="write a project with three mistakes into a folder that does not exist yet")
-    only("--check", metavar="DIR", help="run their tests on a student's project")
-    parser.add_argument("--seed", default="", help="of the bug hunt: the student's name")
+    parser = Parser(description="Try the mutants: a test must turn red for each.")
+    parser.add_argument("--only", default="", metavar="N,N", help="numbers of mutants to try (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="tests side by side (default: 2)")
     args = parser.parse_args(argv)
-    if args.bughunt:
-        write_bughunt(args.bughunt, args.seed)
-        return print(f"wrote {args.bughunt}, with three mistakes in it")
-    if args.check:
-        bugs = planted(args.seed)
-        verdicts = run_tests(args.check, [bug.test for bug in bugs], 300)
-        for bug in bugs:
-            print(f"{'NOT mended' if verdicts[bug.test] else 'mended    '}  {bug.file}: {bug.lesson}")
-        return int(any(verdicts.values()))
     numbers = [int(n) for n in args.only.split(",") if n.isdecimal()] or range(1, len(MUTANTS) + 1)
     chosen = [MUTANTS[n - 1] for n in numbers]
     with ThreadPoolExecutor(args.jobs) as pool:

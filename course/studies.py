@@ -151,9 +151,10 @@ STUDIES = {
     "retriever": {kind: {"retriever": kind} for kind in ("exact", "lexical", "random", "empty")},
     # The budget of Algorithm 1: what takes two searches cannot be answered with one.
     "turns": {f"B = {b}": {"max_turns": b} for b in (1, 2, 3)},
-    # Later algorithms: what each changes about GRPO's advantage, ratio or batch. DAPO is two flags of train.py.
+    # Later algorithms: what each changes about GRPO's advantage, ratio or batch (--variant: one of them).
     "variants": {
-        "GRPO": {}, "Dr. GRPO": {"patch": "dr-grpo"}, "RLOO": {"patch": "rloo"}, "GSPO": {"patch": "gspo"},
+        "GRPO": {}, "Dr. GRPO": {"patch": "dr-grpo"}, "RLOO": {"patch": "rloo"},
+        "GSPO": {"patch": "gspo", "clip_eps": 3e-4, "clip_high": 4e-4},  # its paper's: a mean ratio hardly leaves 1
         "DAPO": {"clip_high": 0.28, "redraws": 1},
     },
     # A gallery: what a broken run looks like, and which metric shows it first.
@@ -165,9 +166,11 @@ STUDIES = {
 }  # fmt: skip
 
 
-def study(name, seeds, given):
-    """Make the runs of a study, draw them into figures/<name>.png with bands over the seeds, print where they end."""
-    variants, runs, defaults = STUDIES[name], {}, dataclasses.asdict(train.Config()) | LOADING
+def study(name, seeds, given, labels):
+    """Make the runs of a study with these labels, draw them into figures/<name>.png with bands over the seeds, print
+    where they end."""
+    runs, defaults = {}, dataclasses.asdict(train.Config()) | LOADING
+    variants = {label: changes for label, changes in STUDIES[name].items() if label in labels}
     for seed in range(seeds):
         for label, changes in variants.items():
             changes = {key: value for key, value in changes.items() if value != defaults[key]}  # a run has one name
@@ -400,6 +403,9 @@ def main(argv=None):
     names = ("table", *STUDIES, "kl", "seeds")
     parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
     parser.add_argument("--quick", action="store_true", help="of table: one seed, fewer steps and questions")
+    slug = lambda label: label.lower().replace(". ", "-")  # "Dr. GRPO": dr-grpo
+    chosen = {slug(label): label for label in STUDIES["variants"]}
+    parser.add_argument("--variant", choices=chosen, help="of variants: this one alone, beside GRPO")
     parser.add_argument("--seeds", type=int, help="seeds of each run (default: 3)")
     parser.add_argument("--jobs", type=int, default=1, help="of seeds: runs side by side (default: 1)")
     args, rest = parser.parse_known_args(argv)
@@ -409,6 +415,8 @@ def main(argv=None):
         raise Mistake(f"--seeds {seeds}: must be at least 1")
     if args.quick and args.name != "table":
         raise Mistake("--quick goes with table")
+    if args.variant and args.name != "variants":
+        raise Mistake("--variant goes with variants")
     if {"seed", "resume", "output_dir", "model", "preset"} & set(given):
         refused = "no --seed, --resume, --output-dir, --model or --preset"
         raise Mistake(f"{args.name} makes runs of its own on the tiny world: {refused}")
@@ -419,7 +427,8 @@ def main(argv=None):
     elif args.name == "seeds":
         luck(args.jobs, given)
     else:
-        study(args.name, seeds, given)
+        labels = {"GRPO", chosen[args.variant]} if args.variant else STUDIES[args.name]
+        study(args.name, seeds, given, labels)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ def test_the_algorithm_played_by_hand_equals_the_engine(short_prompt, group_size
 
 def test_an_engine_that_loses_a_query_is_an_error(short_prompt):
     """Claim: fewer answers than queries raise, instead of training on an empty result.
-    Fails if: the length check in serve is removed.
+    Fails if: `strict=True` in serve is removed.
     """
-    with pytest.raises(RuntimeError, match="1 lists for 2 queries"):
+    with pytest.raises(ValueError, match="shorter"):
         scripted({"a": ["<search>a</search>"], "b": ["<search>b</search>"]}, find=lambda queries, k: [PASSAGES])
 
 
@@ -333,7 +333,7 @@ def test_a_group_needs_its_slots(model, tokenizer):
 
 def test_slots_may_be_a_number_and_none_is_one_a_conversation(model, tokenizer, monkeypatch):
     """Claim: slots says how many rows are in flight, as Slots or as an int. None, on a CPU, is one a conversation.
-    Fails if: run makes one a group (`else len(conversations)` -> `// group_size`), or as many whatever the int says.
+    Fails if: run makes one a group (`else B` -> `// group_size`), or as many whatever the int says.
     """
     seen, plain = set(), engine.feed
     monkeypatch.setattr(engine, "feed", lambda *args: seen.add(len(args[1].lengths)) or plain(*args))

@@ -174,7 +174,7 @@ def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, mo
     assert all(len({bug.test for bug in mutants.planted(i)}) == 3 for i in range(20))
     assert all(len({bug.file for bug in mutants.planted(i)}) == 2 for i in range(20))
     assert not {bug.old for i in range(99) for bug in mutants.planted(i)} & set(mutants.QUIET)
-    mutants.main(["--bughunt", "hunt", "--seed", "ada"])
+    assignment.main(["bughunt", "hunt", "--seed", "ada"])
     bugs = mutants.planted("ada")
     for bug in bugs:
         before, new, after = Path("hunt", bug.file).read_text().rpartition(bug.new)
@@ -185,8 +185,9 @@ def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, mo
     assert "loss = loss - config.kl_coef" in told and "PLUS in a loss" not in told
     assert [file.name for file in Path("hunt/tests").glob("*test*.py")] == ["conftest.py"]
     assert not Path("hunt/course/mutants.py").exists() and not Path("hunt/LOG.md").exists()
-    monkeypatch.setattr(mutants, "run_tests", lambda folder, tests, seconds: {t: t == bugs[1].test for t in tests})
-    assert mutants.main(["--check", "hunt", "--seed", "ada"]) == 1
+    red = lambda folder, tests, seconds: {t: "red" if t == bugs[1].test else None for t in tests}
+    monkeypatch.setattr(mutants, "run_tests", red)
+    assert grade.main(["hunt", "--bughunt", "ada"]) == 1
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [line.startswith("NOT mended") for line in lines] == [False, True, False]
 

@@ -35,7 +35,7 @@ def injected(r):
 
 def test_the_prompt_is_the_official_template_word_for_word():
     """Claim: make_prompt gives the official text, a question mark added where it lacks, and R1's text without search.
-    Fails if: "as your want" is corrected in TEMPLATE, or the `endswith("?")` line is dropped.
+    Fails if: "as your want" is corrected in TEMPLATE, or the `+ "?"` is dropped.
     """
     head = (
         "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get"

@@ -720,8 +720,9 @@ def test_an_evaluation_is_told_in_words():
 
 def test_what_looks_ill_is_said_in_words_and_a_healthy_run_is_left_alone():
     """Claim: each sign shows in the mean of five steps, beside that of the first five, from step 10 on; equal rewards
-    are no sign once they are high, or without groups.
-    Fails if: a bound of health is turned round (`now(name) < 0.8` -> `>`), or it looks at the first steps twice.
+    are no sign once they are high, or without groups; a large loss is one where advantages have a baseline.
+    Fails if: a bound of health is turned round (`now(name) < 0.8` -> `>`), it looks at the first steps twice, or `abs`
+    is dropped.
     """
     well = {"entropy": 0.6, "kl": 0.3, "grad_norm": 0.5, "env/ratio_of_valid_action": 0.9, "env/finish_ratio": 0.9,
             "frac_reward_zero_std": 0.8, "reward/mean": 0.1}  # fmt: skip
@@ -729,14 +730,16 @@ def test_what_looks_ill_is_said_in_words_and_a_healthy_run_is_left_alone():
     assert said() == train.health([well] * 4 + [well | {"entropy": 9}] * 5, train.Config()) == []
     ill = {"entropy": 1.3, "kl": 1.1, "grad_norm": 2.1, "env/finish_ratio": 0.6, "env/ratio_of_valid_action": 0.6,
            "frac_reward_zero_std": 0.95, "response_length/at_limit": 0.3, "env/repeated_search": 0.4,
-           "env/empty_search": 0.6}  # fmt: skip
+           "env/empty_search": 0.6, "policy_loss": -0.6}  # fmt: skip
     signs = [said(**{name: value}) for name, value in ill.items()]
-    assert [len(sign) for sign in signs] == [1] * 9 and len({sign[0] for sign in signs}) == 9
+    assert [len(sign) for sign in signs] == [1] * 10 and len({sign[0] for sign in signs}) == 10
     assert "too early" in said(entropy=0.08)[0]
     assert said(entropy=0.08, **{"reward/mean": 0.9}) == said(entropy=0.0) == []
     assert "entropy" in signs[0][0] and "finish_ratio" in signs[3][0] and "--max-length" in signs[6][0]
     assert said(frac_reward_zero_std=1.0, **{"reward/mean": 0.9}) == []
     assert said(train.Config(group_size=1), frac_reward_zero_std=1.0) == []
+    assert said(train.Config(group_size=1), policy_loss=-1.0) == said(train.Config(algo="sft"), policy_loss=3.0) == []
+    assert "baseline" in said(train.Config(algo="reinforce", group_size=1), policy_loss=1.0)[0]
 
 
 def test_a_step_counts_rollouts_without_room_and_queries_asked_twice():
@@ -1204,7 +1207,7 @@ def test_easy_questions_come_first(here):
     """Claim: --easy-first orders the first epoch by hops, then by the place of the first passage with a gold answer
     when the question itself is the query; the second epoch is shuffled, and so is every one without the flag. The
     engine has the patience that was asked for.
-    Fails if: draw() sorts every epoch, sorts without the flag (`config.easy_first and` dropped), or forgets the hops;
+    Fails if: draw() sorts every epoch, sorts without the flag (`rank and` dropped), or forgets the hops;
     first_ranks counts a passage without a gold answer.
     """
     passages = [(f"Hill {i}", f"hill {i} of the fog is {word}") for i, word in enumerate(("red", "blue", "green"))]
