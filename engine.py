@@ -183,7 +183,12 @@ def captured(run, slots):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=slots.pool, stream=slots.stream):
         out = run()
-    return lambda: graph.replay() or out  # replay() gives None
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
 
 def feed(policy, slots, rows, blocks):
     """Append blocks[i], a list of ids, to slot rows[i] -> logits [n, V] fp32 of the token after the last id of each.

@@ -129,9 +129,11 @@ def complete(r, ids, tag, tokenizer, settings, ends):
     what follows the last "<answer>", for a call that began after that tag, since some models open it again."""
     call = begin(r.question, ids, settings)
     start, limit = len(ids), min(len(ids) + settings.max_new_tokens, settings.max_length)
-    while len(call.ids) == start or not turn_ended(call.ids, start, limit, tokenizer, ends, (tag,)):
+    while True:
         token, logprob = yield call
         call.append([token], [logprob])
+        if turn_ended(call.ids, start, limit, tokenizer, ends, (tag,)):
+            break
     text = tokenizer.decode([i for i in call.ids[start:] if i not in ends])
     call.turns, call.finished = [text.partition(tag)[0]], tag in text or call.ids[-1] in ends
     call.answer = call.turns[0].rpartition("<answer>")[2].strip()
@@ -362,11 +364,14 @@ def comparison_table(metrics, intervals):
 
 # ----- 5. Curves -----
 
-HOPS = (", one hop", "_1hop"), (", two hops", "_2hop"), ("", "")
 CURVES = [  # title, metric, unit; a panel each, if there are points
-    *((f"held-out EM{words} (greedy)", f"eval/em{hop}", "share of questions") for words, hop in HOPS),
+    ("held-out EM, one hop (greedy)", "eval/em_1hop", "share of questions"),
+    ("held-out EM, two hops (greedy)", "eval/em_2hop", "share of questions"),
+    ("held-out EM (greedy)", "eval/em", "share of questions"),
     ("training reward (sampled)", "reward/mean", "mean reward"),
-    *((f"searches{words} (greedy, held out)", f"eval/searches{hop}", "searches a question") for words, hop in HOPS),
+    ("searches, one hop (greedy, held out)", "eval/searches_1hop", "searches a question"),
+    ("searches, two hops (greedy, held out)", "eval/searches_2hop", "searches a question"),
+    ("searches (greedy, held out)", "eval/searches", "searches a question"),
     ("response length (sampled)", "response_length/mean", "tokens, passages included"),
     ("KL to the base model", "kl", "nats a token"),
     ("entropy of the policy", "entropy", "nats a token"),
@@ -452,7 +457,12 @@ def ask(policy, tokenizer, question, search, settings, temperature=0.0, generato
     colour, question = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), whole_characters(question)
     r = begin(question, prompt_ids(question, tokenizer, settings), settings)
     show, append = live(tokenizer, colour), r.append
-    r.append = lambda *tokens: (append(*tokens), show(r))  # tokens enter a record there and nowhere else
+
+    def append_and_show(*tokens):
+        append(*tokens)
+        show(r)
+
+    r.append = append_and_show  # tokens enter a record there and nowhere else
     conversations = [(r, converse(r, tokenizer, settings, engine.end_ids(policy, tokenizer)))]
     find = lambda queries: search(queries, settings.top_k)
     try:
@@ -484,7 +494,8 @@ def parse(argv):
     add("--checkpoint", help="folder of a checkpoint (or a hub id)")
     add("--method", nargs="+", choices=METHODS, metavar="METHOD",
         help=f"any of {', '.join(METHODS)}; default: what it was trained for")  # fmt: skip
-    add("--data", nargs="+", metavar="SET", help="question files, or sets by name (a+b; all: seven; default: tiny)")
+    sets = "question files (JSON lines: id, question, golden_answers) or names of sets, joined by + into one"
+    add("--data", nargs="+", metavar="SET", help=f"{sets}; all: the paper's seven; default: the tiny world's")
     add("--corpus", help="passage file, index DIR, contexts, wiki18, bm25:..., http://... (default: as trained)")
     add("--encoder", help="of contexts and wiki18: hashed, or folder or hub id (default: as trained)")
     add("--world-seed", type=int, help="another tiny world than the checkpoint's")

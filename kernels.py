@@ -23,7 +23,6 @@ c columns of a slice, K slices, D hidden. All sums are fp32, whatever dtype the 
     python tests/bench_kernels.py      time, memory and error of this file and of the usual expression
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -281,10 +280,9 @@ def slice_of_logits(rows, weight, index_n, v, chunk):
         return rows[:, v : v + chunk], index_n  # a view: masked rows stay in it, unread
     return matmul_fp32(rows[index_n], weight[v : v + chunk].T), None
 
-def launch(kernel, whole, x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, first_column, temperature):
-    """Run a kernel on one slice: a program a `whole` row, or one for BLOCK of its columns. The rest as for its twin."""
+def launch(kernel, grid, x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, first_column, temperature):
+    """Run a kernel on one slice. The arguments after the grid are those of its twin."""
     x_stride, y_stride = x_Rc.stride(0), 0 if y_Rc is None else y_Rc.stride(0)
-    grid = len(target_n), 1 if whole else triton.cdiv(x_Rc.shape[1], BLOCK)
     with torch.cuda.device_of(x_Rc):  # PITFALL: Triton launches on the current GPU, which may not be the tensor's
         kernel[grid](x_Rc, y_Rc, rows_n, target_n, state_or_numbers, share_or_out, x_stride, y_stride, len(target_n),
                      x_Rc.shape[1], first_column, 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)  # fmt: skip
@@ -299,11 +297,14 @@ class RowsToLogprob(torch.autograd.Function):
         starts = range(0, vocabulary, chunk)
         state = new_state(n, rows.device)
         share = torch.empty(len(starts), 2, n, device=rows.device)
-        step = functools.partial(launch, statistics_kernel, True) if use_triton else statistics_twin
         for k, v in enumerate(starts if n else ()):  # a kernel cannot be launched for no rows
             x, active = slice_of_logits(rows, weight, index_n, v, chunk)
             y, _ = slice_of_logits(ref_rows, ref_weight, index_n, v, chunk)
-            step(x, y, active, target_n, state, share[k], v, temperature)
+            arguments = x, y, active, target_n, state, share[k], v, temperature
+            if use_triton:
+                launch(statistics_kernel, (n,), *arguments)
+            else:
+                statistics_twin(*arguments)
         outputs = finish_state(state, temperature, ref_rows is not None)
         # The probability of each slice under each row. It decides what the backward pass may skip.
         mass_Kn = share[:, 1] * torch.exp((share[:, 0] - state[0]) / temperature) / state[1]
@@ -337,14 +338,17 @@ class RowsToLogprob(torch.autograd.Function):
         else:  # PITFALL: here the K slices add up, in fp32. A sum in bf16 would be rounded K times.
             d_rows = torch.zeros(len(index_n), rows.shape[1], device=rows.device)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        step = functools.partial(launch, gradient_kernel, False) if use_triton else gradient_twin
         for v, live_n in zip(starts, live):
             if not len(live_n):
                 continue
             x, active = slice_of_logits(rows, weight, index_n[live_n], v, chunk)
             y, _ = slice_of_logits(ref_rows, ref_weight, index_n[live_n], v, chunk)
             dx = d_rows[:, v : v + chunk] if weight is None else torch.empty_like(x, dtype=rows.dtype)
-            step(x, y, active, target_n[live_n], numbers[:, live_n], dx, v, temperature)
+            arguments = x, y, active, target_n[live_n], numbers[:, live_n], dx, v, temperature
+            if use_triton:
+                launch(gradient_kernel, (len(live_n), triton.cdiv(x.shape[1], BLOCK)), *arguments)
+            else:
+                gradient_twin(*arguments)
             if weight is not None and ctx.needs_input_grad[0]:
                 d_rows.index_add_(0, live_n, matmul_fp32(dx, weight[v : v + chunk]))
             if d_weight is not None:  # one product writes this slice of the weight's gradient, once

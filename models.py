@@ -14,11 +14,21 @@ left. There are two ways to fit them on one card of 24 GB:
 
 Departure: [D14] P: with --lora-rank only adapters are trained. The paper trains all weights of policy and critic.
 
-README.md has what each preset takes of a 24 GB card (22.3 GiB), predicted, figures/README.md what was measured. Peak:
-predict_memory, which a run prints before it starts, with 1.05 GiB for e5 and HotpotQA's paragraphs. Time:
-tests/bench_slots.py, for a card of 1 TB/s and 80 Tflop/s (about an RTX 4090) and 80 rollouts a step of 1200 ids, 370 of
-them written by the policy. A card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0.5b
---lora-rank 32.
+A 24 GB card (22.3 GiB), predicted; tests/bench_gpu.py measures it. Peak: predict_memory, which a run prints before it
+starts, with 1.05 GiB for e5 and HotpotQA's paragraphs. Time: tests/bench_slots.py, for a card of 1 TB/s and 80
+Tflop/s (about an RTX 4090) and 80 rollouts a step of 1200 ids, 370 of them written by the policy.
+
+                  predicted peak, GiB    seconds a step    a whole run
+                     GRPO     PPO          GRPO   PPO       GRPO    PPO
+    qwen2.5-0.5b     15.9    21.8            12    21       1.3 h   2.3 h
+    qwen2.5-1.5b     14.9    15.5            28    47       2.3 h   3.9 h
+    qwen2.5-3b       21.2    21.1            52    92       4.3 h   7.7 h
+    llama-3.2-3b     19.4    20.2            74   107       6.2 h   8.9 h
+
+Measured, on an H200 cut to 24 GB: the first GRPO step of the 3b takes 18.9 GiB of the card (20.1 predicted without e5),
+that of the 0.5b 12.3 GiB in tensors (14.8). PPO and the other two have not been measured.
+
+A card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0.5b --lora-rank 32.
 """
 
 import contextlib
@@ -52,13 +62,13 @@ REAL = {
     "slots": 64, "eval_every": 50, "eval_limit": 100, "save_every": 50,
 }  # fmt: skip
 # What each algorithm changes. Fine-tuning has no reward and no reference [Sec. 4]; the paper draws five samples.
-ONE = {"batch_size": 80, "group_size": 1}
-SFT = {"group_size": 1, "kl_coef": 0.0, "minibatches": 1, "recompute_old_logprobs": False, "lr": 1e-5}
-ALGOS = {"grpo": {}, "ppo": ONE | {"kl_in": "reward"}, "reinforce": ONE}
-ALGOS |= {"sft": SFT, "rejection": SFT | {"group_size": 5}}
+REAL_PPO = {"batch_size": 80, "group_size": 1, "kl_in": "reward"}
+REAL_REINFORCE = {"batch_size": 80, "group_size": 1}
+REAL_SFT = {"group_size": 1, "kl_coef": 0.0, "minibatches": 1, "recompute_old_logprobs": False, "lr": 1e-5}
+REAL_REJECTION = REAL_SFT | {"group_size": 5}
 # Adapters want some ten times the learning rate of the weights themselves. The paper does not give fine-tuning's rates.
 LORA = {"lora_rank": 32, "lora_alpha": 64.0, "lr": 1e-5, "critic_lr": 1e-4}
-LORA_ALGOS = ALGOS | {algo: ALGOS[algo] | {"lr": 1e-4} for algo in ("sft", "rejection")}
+LORA_SFT, LORA_REJECTION = REAL_SFT | {"lr": 1e-4}, REAL_REJECTION | {"lr": 1e-4}
 # Without a Wikipedia dump: HotpotQA over its own paragraphs, found by the paper's encoder.
 HOTPOTQA = REAL | {"train_data": "hotpotqa", "corpus": "contexts", "encoder": "intfloat/e5-base-v2"}
 QWEN_05B = HOTPOTQA | {"model": "Qwen/Qwen2.5-0.5B", "steps": 400, "warmup_steps": 114, "critic_lr_warmup_steps": 6}
@@ -76,7 +86,6 @@ PAPER = REAL | {
     "slots": 256, "eval_every": 100, "eval_limit": 1000, "save_every": 100,
 }  # fmt: skip
 PAPER_ONE = {"group_size": 1, "minibatches": 2}  # 512 rollouts in mini-batches of 256
-PAPER_ALGOS = ALGOS | {"ppo": PAPER_ONE | {"kl_in": "reward"}, "reinforce": PAPER_ONE}
 
 # A small chat model on two CPU cores, or any GPU of 6 GB: one or two searches of one passage, few and short
 # conversations, adapters, no reference. Cold start: --algo format, then --model with its checkpoint.
@@ -88,14 +97,8 @@ LAPTOP = {
     "reward": "em+f1", "prompt": "short", "max_turns": 2, "max_new_tokens": 64, "max_obs_length": 120,
     "max_length": 448, "top_k": 1, "easy_first": True, "eval_every": 20, "eval_limit": 100, "save_every": 5,
 }  # fmt: skip
-LAPTOP_ALGOS = {"grpo": {}} | dict.fromkeys(("ppo", "reinforce", "sft"), {"batch_size": 40, "group_size": 1}) | {
-    "rejection": {"reward": "em"},  # what is half right is not imitated
-    "format": {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4, "eval_every": 20},
-}
-
-def presets(name, base, algos, **fit):
-    """-> {NAME/ALGO: the base, with what the algorithm changes}. fit: what an algorithm has to give up on the card."""
-    return {f"{name}/{algo}": base | changes | fit.get(algo, {}) for algo, changes in algos.items()}
+LAPTOP_ONE = {"batch_size": 40, "group_size": 1}
+LAPTOP_FORMAT = {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4, "eval_every": 20}
 
 PRESETS = {
     "tiny/grpo": {},
@@ -103,14 +106,42 @@ PRESETS = {
     "tiny/reinforce": {"batch_size": 240, "group_size": 1},
     "tiny/sft": {"batch_size": 240, "group_size": 1, "kl_coef": 0.0, "minibatches": 1},
     "tiny/rejection": {"batch_size": 96, "kl_coef": 0.0, "minibatches": 1, "steps": 60},
-    **presets("real", REAL, ALGOS),  # any --model, --train-data, --corpus
-    # Rejection sampling has two sets of slots: base model and policy.
-    **presets("qwen2.5-0.5b", QWEN_05B, ALGOS, ppo={"slots": 24, "micro_batch_tokens": 4096}),  # two full models
-    **presets("qwen2.5-1.5b", QWEN_15B, LORA_ALGOS, rejection={"slots": 32}),
-    **presets("qwen2.5-3b", QWEN_3B, LORA_ALGOS, ppo={"slots": 56}, rejection={"slots": 24}),
-    **presets("llama-3.2-3b", LLAMA_3B, LORA_ALGOS, rejection={"slots": 10}),
-    **presets("laptop", LAPTOP, LAPTOP_ALGOS),
-    **presets("paper", PAPER, PAPER_ALGOS),
+    "real/grpo": REAL,  # any --model, --train-data, --corpus
+    "real/ppo": REAL | REAL_PPO,
+    "real/reinforce": REAL | REAL_REINFORCE,
+    "real/sft": REAL | REAL_SFT,
+    "real/rejection": REAL | REAL_REJECTION,
+    "qwen2.5-0.5b/grpo": QWEN_05B,
+    "qwen2.5-0.5b/ppo": QWEN_05B | REAL_PPO | {"slots": 24, "micro_batch_tokens": 4096},  # two full models
+    "qwen2.5-0.5b/reinforce": QWEN_05B | REAL_REINFORCE,
+    "qwen2.5-0.5b/sft": QWEN_05B | REAL_SFT,
+    "qwen2.5-0.5b/rejection": QWEN_05B | REAL_REJECTION,
+    "qwen2.5-1.5b/grpo": QWEN_15B,
+    "qwen2.5-1.5b/ppo": QWEN_15B | REAL_PPO,
+    "qwen2.5-1.5b/reinforce": QWEN_15B | REAL_REINFORCE,
+    "qwen2.5-1.5b/sft": QWEN_15B | LORA_SFT,
+    "qwen2.5-1.5b/rejection": QWEN_15B | LORA_REJECTION | {"slots": 32},  # two sets of slots: base model and policy
+    "qwen2.5-3b/grpo": QWEN_3B,
+    "qwen2.5-3b/ppo": QWEN_3B | REAL_PPO | {"slots": 56},
+    "qwen2.5-3b/reinforce": QWEN_3B | REAL_REINFORCE,
+    "qwen2.5-3b/sft": QWEN_3B | LORA_SFT,
+    "qwen2.5-3b/rejection": QWEN_3B | LORA_REJECTION | {"slots": 24},
+    "llama-3.2-3b/grpo": LLAMA_3B,
+    "llama-3.2-3b/ppo": LLAMA_3B | REAL_PPO,
+    "llama-3.2-3b/reinforce": LLAMA_3B | REAL_REINFORCE,
+    "llama-3.2-3b/sft": LLAMA_3B | LORA_SFT,
+    "llama-3.2-3b/rejection": LLAMA_3B | LORA_REJECTION | {"slots": 10},
+    "laptop/grpo": LAPTOP,
+    "laptop/ppo": LAPTOP | LAPTOP_ONE,
+    "laptop/reinforce": LAPTOP | LAPTOP_ONE,
+    "laptop/sft": LAPTOP | LAPTOP_ONE,
+    "laptop/rejection": LAPTOP | {"reward": "em"},  # what is half right is not imitated
+    "laptop/format": LAPTOP | LAPTOP_FORMAT,
+    "paper/grpo": PAPER,
+    "paper/ppo": PAPER | PAPER_ONE | {"kl_in": "reward"},
+    "paper/reinforce": PAPER | PAPER_ONE,
+    "paper/sft": PAPER | REAL_SFT,
+    "paper/rejection": PAPER | REAL_REJECTION,
 }
 
 # ----- 2. Adapters, and the role that a model plays -----

@@ -96,7 +96,8 @@ ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 STOP_TAGS = ("</search>", "</answer>")
 
 def parse_action(text):
-    """The text of one turn -> Action. The first complete tag pair wins, an empty one, too, as in the official code."""
+    """The text of one turn -> Action. The first complete tag pair wins; without one the turn is invalid. An empty
+    `<search></search>` is a search for "", as in the official code."""
     match = ACTION.search(text)
     return Action(match.group(1), match.group(2).strip()) if match else Action("invalid", "")
 
@@ -301,9 +302,11 @@ class Batch:
     def rows(self, index):
         """The rows in `index` (long tensor) as a Batch of their own, cut to the longest of them."""
         L = int(self.lengths_B[index].max())
-        of_tokens = {name: x for name, x in vars(self).items() if name.endswith("_BT") and x is not None}
-        cut = {name: x_BT[index, : L - 1] for name, x_BT in of_tokens.items()}
-        return Batch(self.ids_BL[index, :L], lengths_B=self.lengths_B[index], **cut)
+        cut = lambda x_BT: None if x_BT is None else x_BT[index, : L - 1]
+        return Batch(
+            self.ids_BL[index, :L], cut(self.mask_BT), cut(self.old_logprobs_BT), self.lengths_B[index],
+            cut(self.ref_logprobs_BT), cut(self.advantages_BT), cut(self.values_BT), cut(self.returns_BT),
+        )  # fmt: skip
 
 def collate(rollouts, device="cpu", mask_retrieved=True):
     """list of B Rollouts -> Batch. Here, once, L positions become T = L-1 predictions: token t+1 is scored at t.
@@ -331,7 +334,7 @@ def head_inputs(policy, ids_BL):
 
 def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0, ref_hidden_BTD=None, ref_weight_VD=None):
     """log pi(y_t | x, y_<t; R) of each token, and what else one pass over the vocabulary gives -> kernels.LogprobKL:
-    logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; all fp32 [B, T], 0 where the mask is False and not computed.
+    logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; all fp32 [B, T], 0 where the mask is False: no head there.
     The last two need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0."""
     return fused_linear_logprob_kl(*head_inputs(policy, ids_BL), mask_BT, ref_hidden_BTD, ref_weight_VD, temperature)
 
@@ -396,6 +399,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
 def whiten(x, mask):
     """Shift and scale x [B, T] to mean 0 and unbiased standard deviation 1 over the unmasked batch; 0 where masked."""
+    mask = mask.bool()
     count = mask.sum().clamp_min(1)
     mean = torch.where(mask, x, 0.0).sum() / count
     centred = torch.where(mask, x - mean, 0.0)
@@ -462,7 +466,7 @@ def check_format(response):
     return (True, "") if state == "end" else (False, f"ended in state {state}")
 
 def policy_view(rollout):
-    """The response with every block of passages emptied: a passage can neither spoil nor forge the policy's format."""
+    """The response with every block of passages emptied, so that a passage can neither spoil nor forge the format."""
     blocks = ["" if passages is None else "<information></information>" for passages in rollout.found]
     return "".join(text + block for text, block in zip(rollout.turns, blocks))
 
