@@ -275,7 +275,10 @@ class Talk:
 def serve(talks, search):
     """Answer all searches of these conversations, in one call of the search engine for all that ask at once."""
     while asking := [talk for talk in talks if talk.query is not None]:
-        for talk, passages in zip(asking, search([talk.query for talk in asking]), strict=True):
+        results = search([talk.query for talk in asking])
+        if len(results) != len(asking):
+            raise RuntimeError(f"the search engine returned {len(results)} lists for {len(asking)} queries")
+        for talk, passages in zip(asking, results):
             talk.advance(passages)
 
 def leave(running, slots):
@@ -305,7 +308,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     search         list[str] -> list of lists of passages
     max_length     ids that a record may hold
     slots          Slots to work in (they bound what is in flight), or how many to make. None: B, on a GPU at most 64
-    Raises Mistake if a group is larger than the slots, ValueError if the engine loses a query.
+    Raises Mistake if a group is larger than the slots, RuntimeError if the engine loses a query.
 
     Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
     rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by

@@ -92,9 +92,9 @@ def test_the_algorithm_played_by_hand_equals_the_engine(short_prompt, group_size
 
 def test_an_engine_that_loses_a_query_is_an_error(short_prompt):
     """Claim: fewer answers than queries raise, instead of training on an empty result.
-    Fails if: `strict=True` in serve is removed.
+    Fails if: the length check in serve is removed.
     """
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(RuntimeError, match="1 lists for 2 queries"):
         scripted({"a": ["<search>a</search>"], "b": ["<search>b</search>"]}, find=lambda queries, k: [PASSAGES])
 
 
