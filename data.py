@@ -130,7 +130,8 @@ def two_hop_share(record):
     question, and two. A policy that cannot yet tell both kinds apart drifts as a whole to the number that pays more
     just then, and soon it never tries the other one. So the share leans against the drift: three in four while it
     searches 1.5 times (the mean of both kinds), more if it searches less, fewer if it searches more. As the kinds are
-    told apart, in the end by one search, it falls by a quarter: one-hop questions need practice (LOG.md, 28 and 29)."""
+    told apart, by one search in the end, it falls by a quarter, since one-hop questions need practice, too (LOG.md, 28
+    and 29)."""
     one, two = (record.get(f"env/searches_{hops}hop", 1.5) for hops in (1, 2))
     return min(0.9, max(0.2, 0.75 + 1.5 - (one + two) / 2 - 0.25 * max(0.0, two - one)))
 
@@ -496,7 +497,8 @@ def weights_dtype(wish, device):
     return torch.bfloat16 if has_bf16 and (wish == "bf16" or (wish == "auto" and on_card)) else torch.float32
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
-    """Folder, hub id or GGUF file -> (policy, tokenizer). Mistake if it is no causal LM, or its head is not linear."""
+    """Folder, hub id or GGUF file of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not
+    linear."""
     packed = Path(path).suffix == ".gguf"
     if Path(path).exists() and not packed and not (Path(path) / "config.json").exists():
         raise Mistake(f"{path} holds no model (no config.json); give a folder like outputs/run-1/checkpoint-100")
@@ -534,8 +536,9 @@ def load_settings(checkpoint, real=False):
     return settings, about | {"method": "search-r1" if settings.do_search else "r1"} | saved
 
 def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed", others=(), device=None):
-    """-> (questions, search engine, World or None). Without a corpus: the tiny world's held-out questions. With one:
-    real ones (a file, or sets by name, of which `split`). others: more files for `contexts`. device: of the engine."""
+    """-> (questions, search engine, World or None). Without a corpus: the held-out questions of the tiny world. With
+    one: real questions (a file, or sets by name, of which `split`). others: more question files for `contexts`. device:
+    where the engine may encode and search."""
     if not corpus:
         world = make_world(world_seed)
         return world.test, build_index(world.passages), world

@@ -60,9 +60,10 @@ def scores_of(r, method="search-r1"):
     return scores | ({"valid_format": check_format(policy_view(r))[0]} if method in WITH_FORMAT else {})
 
 def mean_scores(scores, hops):
-    """Scores of questions (dicts that hold at least what scores_of gives) and the questions' hops -> means: em, f1,
-    sub_em; hit (a gold answer was among the passages found); searches (executed), turns (calls of the model), finished,
-    valid_format, response_tokens (all that it wrote); with hops known also em_1hop, searches_1hop and so on."""
+    """Scores of questions (dicts that hold at least what scores_of gives) and the questions' hops -> metrics: em, f1,
+    sub_em; hit (share for which a gold answer was among the passages found); searches (executed), turns (calls of the
+    model), response_tokens (all that it wrote), each a question; finished (share); valid_format where the method writes
+    Search-R1's format; with hops known also em_1hop, em_2hop, searches_1hop, searches_2hop."""
     mean = lambda name, chosen: sum(s[name] for s in chosen) / len(chosen)
     names = ("em", "f1", "sub_em", "hit", "searches", "turns", "finished", "valid_format", "response_tokens")
     metrics = {name: mean(name, scores) for name in names if name in scores[0]}
@@ -104,8 +105,9 @@ PASSAGES = "@@passages@@"  # stands in a prompt where passages will
 
 def reading_ids(question, tokenizer, template, start="", passages=(), settings=Settings(), searches=1):
     """A question in a template of {question}, and maybe {context} -> ids of the prompt, and of `start`, the first words
-    of the model's own message, put into its mouth. Passages are encoded on their own, as in a conversation: a special
-    token that they spell stays text. They get the tokens of so many searches, if there is room for an answer."""
+    of the model's own message, put into its mouth. Passages are encoded on their own, as in a conversation: what they
+    say stays text, even where it spells a special token. They get as many tokens as a conversation would show after so
+    many searches, as long as there is room for an answer."""
     plain = not getattr(tokenizer, "chat_template", None)  # [D13]
     text = make_prompt(question, tokenizer, template=template, context=PASSAGES) + start
     if "{context}" not in template:
@@ -140,7 +142,8 @@ def complete(r, ids, tag, tokenizer, settings, ends):
     return call
 
 def written_ids(call, tag, tokenizer, ends):
-    """What a call wrote, to go on from: the very ids that were sampled, without an end of sequence, closed by `tag`."""
+    """What the model wrote in a call, for a later call to go on from: the very ids that were sampled, without an end of
+    sequence, and with `tag` if it is missing."""
     ids = [i for i in call.ids[call.prompt_length :] if i not in ends]
     return ids if tag in tokenizer.decode(ids) else ids + text_ids(tag, tokenizer)
 
@@ -204,7 +207,8 @@ def ircot(r, tokenizer, settings, ends):
 def search_o1(r, tokenizer, settings, ends):
     """[Li et al. 2025] Search-R1's conversation without its training, in which the model never reads a raw passage. For
     each query a call apart reads the passages, and the note that it writes (the paper's Reason-in-Documents) is the one
-    passage that comes back [D16]. In the record `found` has the raw passages, and the notes stand at its end."""
+    passage that comes back [D16]. In the record `found` has the raw passages; ids and turns have the notes behind the
+    conversation."""
     conversation, notes, raw, given = search_r1(r, tokenizer, settings, ends), [], [], None
     while True:
         try:
@@ -222,7 +226,8 @@ def search_o1(r, tokenizer, settings, ends):
     join(r, notes)
 
 def rag(r, tokenizer, settings, ends):
-    """[Lewis et al. 2020] One search with the question, then the answer without reasoning, as FlashRAG's naive RAG."""
+    """[Lewis et al. 2020] Retrieval-augmented generation: one search with the question, then the answer, without
+    reasoning, like FlashRAG's naive RAG."""
     r.searches, r.found = [r.question.text], [(yield r.question.text)]
     prompt = reading_ids(r.question.text, tokenizer, RAG, "<answer>", r.found[0], settings)
     yield from finish(r, [], prompt, tokenizer, settings, ends)
@@ -248,18 +253,23 @@ WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write i
 
 BATCH = 256  # questions that are answered together
 
-def evaluate(policy, tokenizer, questions, search, settings, method="search-r1", temperature=0.0, generator=None,
-             slots=None):  # fmt: skip
-    """Answer every Question once by a method of METHODS -> (metrics as in mean_scores, Rollouts in the order of the
-    questions). temperature, generator, slots: engine.run"""
-    most = engine.GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else BATCH
-    slots = slots or engine.Slots(policy, min(len(questions), most), settings.max_length)
-    ends, rollouts = engine.end_ids(policy, tokenizer), [Rollout(q, [], [], [], 0) for q in questions]
+def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None):
+    """Answer each question by a method of METHODS, all at once -> list of Rollouts in the order of the questions.
+    temperature, generator, slots: engine.run"""
+    ends, rollouts = engine.end_ids(policy, tokenizer), [Rollout(question, [], [], [], 0) for question in questions]
     conversations = [(r, METHODS[method](r, tokenizer, settings, ends)) for r in rollouts]
     find = lambda queries: search(queries, settings.top_k)
+    engine.run(policy, conversations, find, settings.max_length, 1, temperature, generator, slots)
+    return rollouts
+
+def evaluate(policy, tokenizer, questions, search, settings, method="search-r1", temperature=0.0, generator=None,
+             slots=None):  # fmt: skip
+    """Answer every Question once -> (metrics as in mean_scores, Rollouts in the order of the questions)."""
+    most, rollouts = engine.GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else BATCH, []
+    slots = slots or engine.Slots(policy, min(len(questions), most), settings.max_length)
     for at in range(0, len(questions), BATCH):
-        batch = conversations[at : at + BATCH]
-        engine.run(policy, batch, find, settings.max_length, 1, temperature, generator, slots)
+        batch = questions[at : at + BATCH]
+        rollouts += answer(policy, tokenizer, batch, search, settings, method, temperature, generator, slots)
     return mean_scores([scores_of(r, method) for r in rollouts], [q.hops for q in questions]), rollouts
 
 # ----- 4. The comparison: methods x sets, kept batch by batch -----
@@ -300,9 +310,9 @@ def make_record(r, tokenizer, method, name, position):
     }  # fmt: skip
 
 def compare(args, methods, sets, settings, about, load):
-    """The comparison that the command line asks for: every method on every set -> metrics, and intervals of em and f1,
-    both {method: {set: {name: value}}}. With --json each batch of records is added to FILE.part, and a killed one
-    asks only what has no record there. For that load() gives policy, tokenizer, search. At the end FILE has it all."""
+    """The comparison that the command line asks for: every method on every set -> metrics and intervals, as in summary.
+    With --json each batch of records is added to FILE.part, and a comparison that was killed asks only what has no
+    record there. For that load() gives policy, tokenizer, search. At the end FILE has it all, FILE.part goes."""
     config = {
         "checkpoint": args.checkpoint, "methods": methods, "data": list(sets), "limit": args.limit,
         "temperature": args.temperature, "settings": asdict(settings), "trained": about,
@@ -316,25 +326,31 @@ def compare(args, methods, sets, settings, about, load):
     if todo:
         policy, tokenizer, search = load()
         slots = engine.Slots(policy, KEPT, settings.max_length)
+        generator = torch.Generator(policy.get_output_embeddings().weight.device)
     for method, name, at in tqdm(todo, unit=f" x {KEPT} questions"):
-        generator = torch.Generator(policy.device).manual_seed(at)  # who goes on draws what would have been drawn
+        generator.manual_seed(at)  # a comparison that goes on draws what it would have drawn
         asked, how = sets[name][at : at + KEPT], (settings, method, args.temperature, generator, slots)
-        _, rollouts = evaluate(policy, tokenizer, asked, search, *how)
+        rollouts = answer(policy, tokenizer, asked, search, *how)
         batch = [make_record(r, tokenizer, method, name, at + i) for i, r in enumerate(rollouts)]
         records += batch
         if args.json:
             with open(part, "a") as lines:
                 lines.write(json.dumps({"config": config, "records": batch}) + "\n")
-    metrics, intervals = {}, {}
-    for (method, name), of in itertools.groupby(records, lambda r: (r["method"], r["data"])):
-        of = list(of)
-        metrics.setdefault(method, {})[name] = mean_scores(of, [r["hops"] for r in of])
-        intervals.setdefault(method, {})[name] = {k: list(bootstrap_interval([r[k] for r in of])) for k in ("em", "f1")}
+    metrics, intervals = summary(records)
     if args.json:
         content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}
         with written_whole(args.json) as file:
             file.write(json.dumps(content, indent=1) + "\n")
         part.unlink(missing_ok=True)
+    return metrics, intervals
+
+def summary(records):
+    """Records -> (metrics, intervals of em and f1), both {method: {set: {name: value}}}."""
+    metrics, intervals = {}, {}
+    for (method, name), of in itertools.groupby(records, lambda r: (r["method"], r["data"])):
+        of = list(of)
+        metrics.setdefault(method, {})[name] = mean_scores(of, [r["hops"] for r in of])
+        intervals.setdefault(method, {})[name] = {k: list(bootstrap_interval([r[k] for r in of])) for k in ("em", "f1")}
     return metrics, intervals
 
 def aligned(rows):
@@ -344,7 +360,7 @@ def aligned(rows):
     return "\n".join("  ".join(cells(row)).rstrip() for row in rows)
 
 def comparison_table(metrics, intervals):
-    """What compare() gives -> text. Of several sets the exact match, a row a method and a column a set with the plain
+    """What summary() gives -> text. Of several sets the exact match, a row a method and a column a set with the plain
     mean over sets. Then all metrics, a row a method and set, or of a single one a row a metric. "-": it has none."""
     sets = list(next(iter(metrics.values())))
     matrix = [["EM", *sets, "average"]]
@@ -403,7 +419,8 @@ def curve(members, name):
     return [(step, sum(here) / len(here), min(here), max(here)) for step, here in zip(steps, at)]
 
 def plot_runs(runs, path, curves=CURVES):
-    """Draw {name: records} into a picture. Runs "x, seed 0", "x, seed 1" are a line, their mean, in a min-max band."""
+    """Draw {name: records} into one PNG or PDF. Runs named "x, seed 0", "x, seed 1" are one line, their mean, in a band
+    from the lowest to the highest."""
     from matplotlib.figure import Figure
 
     groups = {}

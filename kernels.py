@@ -264,8 +264,9 @@ if HAVE_TRITON:
 # ----- 4. The autograd function: a loop over the slices -----
 
 def matmul_fp32(a, b):
-    """a [n, D] @ b [D, c] -> fp32 [n, c]; b is converted to the dtype of a. PITFALL: a bf16 result would round the
-    logits and cost up to 0.03 in a log-prob. fp32 holds products of bf16 numbers exactly, as with an fp32 lm_head."""
+    """a [n, D] @ b [D, c] -> fp32 [n, c]. b is converted to the dtype of a. PITFALL: a bf16 result would round the
+    logits, which costs up to 0.03 in a log-probability. A product of two bf16 numbers is exact in fp32, so an fp32
+    result equals that of an fp32 lm_head with the same bf16 weights."""
     with torch.autocast(a.device.type, enabled=False):  # autocast would round inputs or result to bf16 again
         b = b.to(a.dtype)  # fp32 master weights under bf16 hidden states: only a slice is converted at a time
         if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
@@ -367,7 +368,8 @@ def resolve_impl(impl, tensor):
     if impl == "auto":
         return HAVE_TRITON and tensor.is_cuda and not interpreted()
     if impl == "triton" and not (HAVE_TRITON and (tensor.is_cuda or interpreted())):
-        raise ValueError(f"impl='triton' on {tensor.device} needs the package triton, and a GPU or TRITON_INTERPRET=1")
+        needs = "the package triton, and a GPU or TRITON_INTERPRET=1 set before kernels is imported"
+        raise ValueError(f"impl='triton' with a tensor on {tensor.device} needs {needs}; use 'auto'")
     return impl == "triton"
 
 def default_chunk(n, vocabulary, device_type):

@@ -50,7 +50,8 @@ from searchr1 import Critic
 
 
 # ----- 1. Presets: what fits on one card -----
-# A preset, NAME/ALGO, is a dict of the flags that differ from train.py's defaults, which are the tiny world's.
+# A preset is a dict of flags that differ from train.py's defaults, which are the tiny world's. `NAME/ALGO` is what
+# `python train.py --preset NAME --algo ALGO` runs with.
 
 # The paper's recipe [the official v0.2 scripts, the paper's appendix], with a batch for one card and one update a step:
 # ten updates on 2560 rollouts are where the official GRPO collapses. The warm-ups are 0.285 and 0.015 of the steps.
@@ -200,7 +201,8 @@ def role(model, name):
             layer.role = Adapted.role
 
 def trained(model, name):
-    """{name: parameter} that role `name` trains: all of a full model; else its own adapters and the critic's head."""
+    """The parameters that role `name` trains, {name: parameter}: all of a full model; of an adapted one the role's own
+    adapters, and the critic's head."""
     other = {"policy": ".critic", "critic": ".policy"}[name]
     return {key: p for key, p in model.named_parameters() if p.requires_grad and not key.endswith(other)}
 
@@ -300,7 +302,8 @@ def fuse_norms(policy):
 
 def recomputed(layer, *args, **kwargs):
     """forward() of a decoder layer that keeps only its input; the backward pass computes the rest again. transformers
-    has this for training mode; ours stay in eval mode, without dropout. Without gradients it is the plain forward()."""
+    has this built in for layers in training mode. Ours stay in eval mode, because dropout would make old and new
+    log-probs differ. Without gradients (rollouts, phase 4) it is the plain forward()."""
     plain = functools.partial(type(layer).forward, layer)
     if not torch.is_grad_enabled():
         return plain(*args, **kwargs)
@@ -402,7 +405,8 @@ def memory_table(memory):
     return "\n".join(["memory, predicted:", *lines, f"  {'at the most':20}{size(peak):>12}   ({moment})"])
 
 class Costs:
-    """What each phase of a step takes: seconds; on a GPU the most GiB in tensors, and that the card has lent in all."""
+    """What each phase of a step takes: seconds, and on a GPU memory in GiB, the most that tensors held in a phase and
+    the most that the card had lent to anybody at the end of one."""
 
     def __init__(self, device):
         self.device, self.metrics, self.seconds, self.began = device, {}, 0.0, time.perf_counter()

@@ -73,7 +73,8 @@ NO_SEARCH_TEMPLATE = (
     "your reasoning in <think> </think> tags and return the final answer in <answer> </answer> tags, for example "
     "<answer> Beijing </answer>. Question: {question}\n")  # fmt: skip
 
-# [ours] "short": a tenth of the tokens, for a model that learns the tags from examples (train.py --algo format).
+# [ours] A small model cannot use the official instructions. It learns the tags from examples (train.py --algo format),
+# and this prompt costs a tenth of the tokens.
 PROMPTS = {"official": None, "short": "Search, read, then answer. Question: {question}\n"}
 
 def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts):
@@ -272,7 +273,8 @@ def f1_score(prediction, gold_answers):
         if normal != gold and {normal, gold} & {"yes", "no", "noanswer"}:
             continue
         common = sum((Counter(normal.split()) & Counter(gold.split())).values())
-        best = max(best, 2 * common / max(1, len(normal.split()) + len(gold.split())))
+        if common:
+            best = max(best, 2 * common / (len(normal.split()) + len(gold.split())))
     return best
 
 def extract_answer(response):
@@ -334,8 +336,9 @@ def head_inputs(policy, ids_BL):
 
 def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0, ref_hidden_BTD=None, ref_weight_VD=None):
     """log pi(y_t | x, y_<t; R) of each token, and what else one pass over the vocabulary gives -> kernels.LogprobKL:
-    logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; all fp32 [B, T], 0 where the mask is False: no head there.
-    The last two need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0."""
+    logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; all fp32 [B, T], 0 where the mask is False.
+    The lm_head runs over masked-in positions only. Policy, old policy and reference all come through here. The last two
+    numbers need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0."""
     return fused_linear_logprob_kl(*head_inputs(policy, ids_BL), mask_BT, ref_hidden_BTD, ref_weight_VD, temperature)
 
 class Critic(torch.nn.Module):
@@ -466,7 +469,8 @@ def check_format(response):
     return (True, "") if state == "end" else (False, f"ended in state {state}")
 
 def policy_view(rollout):
-    """The response with every block of passages emptied, so that a passage can neither spoil nor forge the format."""
+    """The response with every block of passages emptied. The format is checked on this, so that a passage that was cut
+    or holds tags can neither spoil nor forge the policy's format."""
     blocks = ["" if passages is None else "<information></information>" for passages in rollout.found]
     return "".join(text + block for text, block in zip(rollout.turns, blocks))
 
@@ -499,7 +503,8 @@ HARMLESS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x
 
 def parts(r, tokenizer):
     """The response in runs of one mask value -> list of (text, True where the policy wrote it, range of its positions).
-    Earlier parts never change as a rollout grows. The space that a tokenizer of words leaves out begins the next."""
+    Earlier parts never change while a rollout grows. A tokenizer of words leaves out the space between two parts; it is
+    put back at the beginning of the second one."""
     found, before = [], ""
     for own, run in itertools.groupby(range(r.prompt_length, len(r.ids)), r.response_mask.__getitem__):
         run = list(run)

@@ -645,7 +645,8 @@ def restore(models, config):
     if newest is None:
         return None
     try:
-        state = torch.load(newest / "trainer_state.pt", map_location="cpu", weights_only=True)  # a card may lack room
+        # To the CPU first: a second copy might not fit on the card.
+        state = torch.load(newest / "trainer_state.pt", map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise Mistake(f"{newest}/trainer_state.pt cannot be read: {error!r:.99}; a new run: --model {newest}") from None
     for name, network, optimizer in models.learners():
@@ -730,6 +731,7 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     if not config.model:
         return load_tiny(config, device, format_steps)
     policy, tokenizer = load_checkpoint(config.model, device, data.weights_dtype(config.dtype, device))
+    # Sets by name have an evaluation split of their own; of a file the last tenth is held out.
     eval_data = config.eval_data or ("" if Path(config.train_data).is_file() else config.train_data)
     others = data.question_files(eval_data, "eval") if eval_data else []
     questions, engine, _ = data.task(0, config.corpus, config.train_data, "train", config.encoder, others, device)

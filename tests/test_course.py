@@ -161,6 +161,16 @@ def test_a_study_makes_its_runs_at_every_seed_and_draws_them(runs, capsys):
     assert rows[0] == "run,step,metric,value" and '"B = 2, seed 1",100,eval/em_1hop,0.75' in rows
 
 
+def test_one_variant_stands_beside_grpo_alone(runs):
+    """Claim: --variant makes GRPO and that one, no other; it goes with the study of variants only.
+    Fails if: study() takes all labels (`if label in labels` dropped), or main() any study's name.
+    """
+    studies.main("variants --variant dapo --seeds 1".split())
+    assert [(config.clip_high, config.redraws) for config, _ in runs] == [(0.0, 0), (0.28, 1)]
+    with pytest.raises(data.Mistake, match="goes with variants"):
+        studies.main("turns --variant dapo".split())
+
+
 def test_a_run_is_made_once_and_half_a_run_is_continued_as_it_was_loaded(runs):
     """Claim: runs that are there, of this study or another, are not made again. Half a run is continued with the engine
     it began with; one that died before it saved anything is made anew.

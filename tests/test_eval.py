@@ -138,7 +138,7 @@ def test_the_interval_of_a_mean_is_the_binomials():
 def test_evaluation_is_greedy_whatever_the_random_state(model, tokenizer):
     """Claim: evaluate() answers alike at every random state; asked for, it samples. [The official script's flag is lost
     on the way, and its evaluation samples.]
-    Fails if: evaluate hands temperature 1.0 to engine.run.
+    Fails if: answer() hands temperature 1.0 to engine.run.
     """
     settings, ids = replace(SETTINGS, max_new_tokens=8), []
     for seed, how in ((0, {}), (1, {}), (2, {"temperature": 1.0})):
@@ -153,7 +153,7 @@ def test_evaluation_is_greedy_whatever_the_random_state(model, tokenizer):
 @pytest.mark.parametrize("method", evaluation.METHODS)
 def test_every_method_decodes_greedily_and_as_it_is_told(model, tokenizer, monkeypatch, method):
     """Claim: whatever the method, every call of the model samples at evaluate's temperature: 0 unless asked otherwise.
-    Fails if: evaluate's default is 1.0, or drops `temperature` from the call of engine.run.
+    Fails if: evaluate's default is 1.0, or answer() drops `temperature` from the call of engine.run.
     """
     seen, sample = [], generation.sample
     spy = lambda logits, temperature, draws=None: seen.append(temperature) or sample(logits, temperature, draws)
