@@ -226,6 +226,25 @@ def test_a_gz_is_unpacked_and_one_that_is_cut_short_is_refused(corpus, tmp_path)
     assert not list(tmp_path.glob("packed.jsonl*part")) and not (tmp_path / "packed.jsonl").exists()
 
 
+def test_a_gz_that_blows_up_is_one_line_and_leaves_nothing_on_a_full_disk(tmp_path):
+    """Claim: 32 MB of nothing in 32 KB are refused in one short line; where the disk cannot hold them, no file is left.
+    Fails if: unpacked opens `plain` itself instead of by written_whole, or parse_passage shows the whole line.
+    """
+    resource = pytest.importorskip("resource")  # which Windows does not have
+    bomb, before = tmp_path / "bomb.jsonl.gz", resource.getrlimit(resource.RLIMIT_FSIZE)
+    bomb.write_bytes(gzip.compress(bytes(2**25)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**23, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            load_passages(bomb)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in tmp_path.iterdir()] == [bomb.name]
+    with pytest.raises(ValueError, match="bomb.jsonl line 1: a passage needs") as refused:
+        list(load_passages(bomb))
+    assert len(str(refused.value)) < 600 + len(str(tmp_path))
+
+
 def test_a_gz_that_is_a_tar_archive_gives_its_first_file(corpus, tmp_path):
     """Claim: corpus.jsonl.gz may be a gzipped tar archive, as the official wiki-18.jsonl.gz is. Its first file is the
     corpus, whatever folders come before it and files after it. An archive that is cut short is one clear line.
