@@ -581,6 +581,20 @@ def test_the_outcome_reward_stands_on_the_policys_last_token():
     assert s.rewards_at_end(torch.tensor([1.0, 0.5]), mask).tolist() == [[0, 1.0, 0, 0], [0, 0, 0, 0.5]]
 
 
+def test_a_batch_or_an_episode_without_a_token_to_train_is_zero_and_not_nan():
+    """Claim: where the mask is False throughout, means, whitened values, advantages and losses are 0, whatever stands
+    there; a reward without a token to stand on is no reward.
+    Fails if: token_mean drops `.clamp_min(1)`, or rewards_at_end drops `* mask_BT`.
+    """
+    none, junk = torch.zeros(2, 3, dtype=torch.bool), torch.full((2, 3), float("nan"))
+    assert s.token_mean(junk, none) == 0 and not s.whiten(junk, none).any()
+    assert not torch.stack(s.gae(torch.zeros(2, 3), torch.ones(2, 3), none)).any()
+    assert [float(x) for x in s.policy_loss(junk, junk, torch.ones(2, 3), none)] == [0, 0]
+    assert s.value_loss(junk, junk, torch.ones(2, 3), none) == 0
+    one = torch.tensor([[False, True, False], [False] * 3])
+    assert s.rewards_at_end(torch.ones(2), one).tolist() == [[0, 1, 0], [0, 0, 0]]
+
+
 def test_whitening_uses_masked_mean_and_unbiased_deviation():
     """Claim: masked values 1 2 3 become -1 0 1 (mean 2, unbiased std 1), the rest 0; one value gives 0, not NaN.
     Fails if: the variance is divided by count instead of count - 1.
