@@ -483,7 +483,7 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
         "env/repeated_search": mean([len(set(r.searches)) < len(r.searches) for r in rollouts]),
         "env/empty_search": empty / max(1, sum(r.num_searches for r in rollouts)),
         "env/ratio_of_valid_action": mean([r.num_valid_actions / len(r.turns) for r in rollouts]),
-        "env/number_of_valid_search": mean([r.num_searches for r in rollouts]), **searches_by_hops(rollouts),
+        "env/number_of_valid_search": mean([r.num_searches for r in rollouts]), **by_hops(rollouts, em_B.tolist()),
         "env/finish_ratio": mean([r.finished for r in rollouts]), "state_tokens/coverage": sum(own) / sum(response),
         "tokens_per_s": sum(len(r.ids) for r in rollouts) / costs.seconds, **costs.metrics,
         "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
@@ -522,10 +522,15 @@ def health(records, config):
     }
     return [sign for sign, seen in signs.items() if seen]
 
-def searches_by_hops(rollouts):
-    """Rollouts -> mean searches of one-hop and of two-hop questions, as the log names them, where there are any."""
-    of_kind = {hops: [r.num_searches for r in rollouts if r.question.hops == hops] for hops in (1, 2)}
-    return {f"env/searches_{hops}hop": sum(some) / len(some) for hops, some in of_kind.items() if some}
+def by_hops(rollouts, em):
+    """Rollouts and the exact match of each -> means of searches and exact match of one-hop and of two-hop questions, as
+    the log names them, where there are any."""
+    means = {}
+    for hops in (1, 2):
+        if some := [(r.num_searches, right) for r, right in zip(rollouts, em) if r.question.hops == hops]:
+            searches, right = (sum(values) / len(some) for values in zip(*some))
+            means |= {f"env/searches_{hops}hop": searches, f"env/em_{hops}hop": right}
+    return means
 
 def evaluation(step, policy, task, slots, config):
     """Greedy on the held-out sample -> metrics, printed in a line; one conversation is kept in samples.jsonl. In the

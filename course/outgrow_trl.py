@@ -23,7 +23,7 @@ import data
 from data import Mistake, Parser, run_main
 from eval import evaluate
 from searchr1 import outcome_reward, rollout
-from train import searches_by_hops
+from train import by_hops
 
 QUESTIONS, GROUP, UPDATES = 48, 5, 4  # a step of train.py: 48 questions, five conversations each, four updates
 
@@ -56,17 +56,17 @@ def reward(answer, golden_answers, **_):
 
 
 class Environment:
-    """The tiny world for a trainer: draws questions, holds conversations, and remembers how often they searched."""
+    """The tiny world for a trainer: draws questions, holds conversations, and remembers how the last ones went."""
 
     def __init__(self, tokenizer, questions, search, settings, seed=0):
         self.tokenizer, self.questions, self.search, self.settings = tokenizer, questions, search, settings
-        self.known, self.seed, self.searched = {q.text: q for q in questions}, seed, {}
+        self.known, self.seed, self.told = {q.text: q for q in questions}, seed, {}
 
     def stream(self):
-        """Questions without end, as rows of a dataset: two hops or one, by what the last conversations searched."""
+        """Questions without end, as rows of a dataset: two hops or one, by how the last conversations went."""
         rng = random.Random(self.seed)
         while True:
-            for q in data.draw_questions(self.questions, QUESTIONS, data.two_hop_share(self.searched), rng):
+            for q in data.draw_questions(self.questions, QUESTIONS, data.two_hop_share(self.told), rng):
                 yield {"prompt": q.text, "golden_answers": list(q.gold_answers)}
 
     def converse(self, prompts, trainer):
@@ -80,7 +80,7 @@ class Environment:
         policy.eval()  # PITFALL: while it trains with checkpointed layers, transformers takes the cache away
         rollouts = rollout(policy, self.tokenizer, asked, self.search, *how)
         policy.train()
-        self.searched |= searches_by_hops(rollouts)
+        self.told |= by_hops(rollouts, [outcome_reward(r.answer, r.question.gold_answers) for r in rollouts])
         return carried_over(rollouts)
 
 

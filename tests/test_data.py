@@ -108,14 +108,17 @@ def test_questions_are_drawn_by_type(world):
 def test_the_share_of_two_hop_questions_leans_against_the_drift():
     """Claim: the less the policy searches, the more questions take two searches; both kinds count alike, however many
     there were. The first step, of which nothing is known, gets three in four, a policy that searches as it should one
-    in two.
-    Fails if: two_hop_share adds the searches instead of subtracting them, has no bounds, or does not look at the
-    difference of the kinds.
+    in two. One that searches too much is held back as far as its one-hop questions are wrong.
+    Fails if: two_hop_share adds the searches instead of subtracting them, has no bounds, does not look at the
+    difference of the kinds, or leans as far when all one-hop questions are right.
     """
-    share = lambda one, two: data.two_hop_share({"env/searches_1hop": one, "env/searches_2hop": two})
+    record = lambda one, two, right: {"env/searches_1hop": one, "env/searches_2hop": two, "env/em_1hop": right}
+    share = lambda one, two, right=0.0: data.two_hop_share(record(one, two, right))
     assert data.two_hop_share({}) == data.two_hop_share({"env/searches_2hop": 1.5}) == share(1.5, 1.5) == 0.75
     drifting = [share(0, 0), share(1, 1), share(1.2, 1.6), share(1, 2), share(2, 2), share(2, 1), share(3, 3)]
     assert drifting == pytest.approx([0.9, 0.9, 0.75, 0.5, 0.25, 0.75, 0.2])
+    told = [share(2, 2, 0.4), share(2, 2, 1.0), share(1, 1, 1.0), share(1, 2, 1.0)]
+    assert told == pytest.approx([0.45, 0.75, 0.9, 0.5])
 
 
 def test_the_fixed_sample_is_fixed_and_balanced(world):

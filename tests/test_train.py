@@ -783,9 +783,9 @@ def test_a_collapse_is_told_once_and_ends_the_run_if_asked(small_base, monkeypat
     assert len(metrics("off")) == 3 and Path("off/checkpoint-2/trainer_state.pt").exists()
 
 
-def test_searches_are_counted_by_hops_and_steer_the_next_questions(small_base):
-    """Claim: the log has the searches of one-hop and of two-hop questions, and the next step's share of two-hop
-    questions comes from them, also in a run that is resumed.
+def test_searches_and_answers_by_hops_steer_the_next_questions(small_base):
+    """Claim: the log has the searches and the exact match of one-hop and of two-hop questions, and the next step's share
+    of two-hop questions comes from them, also in a run that is resumed.
     Fails if: train() gives draw the record of step 0 at every step, or a resumed run begins without one.
     """
     shares, share = [], data.two_hop_share
@@ -795,7 +795,8 @@ def test_searches_are_counted_by_hops_and_steer_the_next_questions(small_base):
         train.main(run + ["--steps", "2"])
         train.main(["--resume", "run", "--steps", "3"])
     lines = metrics("run")
-    assert all({"env/searches_1hop", "env/searches_2hop"} <= set(line) for line in lines[1:])
+    names = {f"env/{of}_{hops}hop" for of in ("searches", "em") for hops in (1, 2)}
+    assert all(names <= set(line) for line in lines[1:])
     assert shares == [share(line) for line in lines[:3]] and len(set(shares)) > 1
 
 
