@@ -319,7 +319,7 @@ def train_base_model(config):
         optimizer.zero_grad()
         if reading:
             names_BT = (weights_BT == 1.0) & ~torch.isin(targets_BT, answer_tags)
-            right = (logits_BTV.argmax(-1) == targets_BT)[names_BT].float().mean().item()
+            right = (logits_BTV[names_BT].argmax(-1) == targets_BT[names_BT]).float().mean().item()
             accuracy += 0.2 * (right - accuracy)
             if accuracy > 0.8 and level < 3:
                 level, accuracy = level + 1, 0.0
