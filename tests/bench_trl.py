@@ -3,12 +3,11 @@
     pip install -r course/requirements-outgrow.txt peft        (for this comparison only)
     python tests/bench_trl.py --model DIR --train-data FILE --corpus bm25:FILE [--repeats 3] [any flag of train.py]
 
-Ours holds the conversations once; TRL is handed the same ids and masks. Rewards are dealt out, two right and six wrong a
-group, so that no group is left out: untrained models earn nothing. What is timed is the rest of the step, from the batch
+Our policy writes the conversations; TRL is handed the same ids and masks. Rewards are dealt out, two of each group are
+right, so that no group is left out: untrained models earn nothing. What is timed is the rest of the step, from the batch
 to the optimiser: advantages, log-probs, gradients, one update. Both have adapters on the same layers and no reference.
-Ours runs with as many tokens at once as --micro-batch-tokens says, TRL with --rows conversations.
-
-First line: the rate of a product of two matrices, the floor under everything here.
+Ours runs with as many tokens at once as --micro-batch-tokens says, TRL with --rows conversations. The rate of a product
+of two matrices, printed first, is the floor under both.
 """
 
 import argparse
@@ -36,9 +35,9 @@ from searchr1 import collate
 from train import load_run, outcome_advantages, parse_config, update, writer
 
 
-def product_rate(dtype, size=1024):
-    """Gflop/s of a product of two matrices."""
-    a, b = torch.randn(2, size, size).to(dtype)
+def product_rate(size=1024):
+    """Gflop/s of a product of two fp32 matrices."""
+    a, b = torch.randn(2, size, size)
     return 2 * size**3 / seconds(lambda: a @ b, "cpu", 9) / 1e9
 
 
@@ -101,7 +100,7 @@ def main():
     flags, others = parser.parse_known_args()
     config = parse_config(["--preset", "laptop", "--dtype", "fp32", "--no-easy-first", *others])
     print(f"{torch.get_num_threads()} threads; {config.model}; torch {torch.__version__}, trl {trl.__version__}")
-    rate = product_rate(torch.float32)
+    rate = product_rate()
     policy, task = load_run(config)
     models = make_models(policy.eval(), config)
     generator, rng = torch.Generator().manual_seed(0), random.Random(0)
