@@ -4,10 +4,10 @@
     python tests/bench_trl.py --model DIR --train-data FILE --corpus bm25:FILE [--repeats 3] [any flag of train.py]
 
 Our policy writes the conversations; TRL is handed the same ids and masks. Rewards are dealt out, two of each group are
-right, so that no group is left out: untrained models earn nothing. What is timed is the rest of the step, from the batch
-to the optimiser: advantages, log-probs, gradients, one update. Both have adapters on the same layers and no reference.
-Ours runs with as many tokens at once as --micro-batch-tokens says, TRL with --rows conversations. The rate of a product
-of two matrices, printed first, is the floor under both.
+right, so that no group is left out: untrained models earn nothing. What is timed is the rest of the step, from the
+batch to the optimiser: advantages, log-probs, gradients, one update. Both have adapters on the same layers and no
+reference. Ours runs with as many tokens at once as --micro-batch-tokens says, TRL with --rows conversations. The rate
+of a product of two matrices, printed first, is the floor under both.
 """
 
 import argparse
@@ -110,8 +110,8 @@ def main():
     written = time.perf_counter() - start
     rewards = [float(i % config.group_size < 2) for i in range(len(rollouts))]
     tokens, own = sum(len(r.ids) for r in rollouts), sum(sum(r.response_mask) for r in rollouts)
-    print(f"products of matrices: {rate:.0f} Gflop/s. {len(rollouts)} conversations, {tokens} tokens, of which the policy")
-    print(f"wrote {own} in {written:.1f} s: {own / written:.0f} a second")
+    print(f"products of matrices: {rate:.0f} Gflop/s. {len(rollouts)} conversations, {tokens} tokens,")
+    print(f"of which the policy wrote {own} in {written:.1f} s: {own / written:.0f} a second")
     ours = our_steps(models, rollouts, rewards, config, flags.repeats)
     folder, tokenizer = config.model, task.tokenizer
     del models, policy
