@@ -129,14 +129,14 @@ def two_hop_share(record):
     """Metrics of the last step -> share of two-hop questions in the next one. There are two traps: one search at every
     question, and two. A policy that cannot yet tell both kinds apart drifts as a whole to the number that pays more
     just then, and soon it never tries the other one. So the share leans against the drift: three in four while it
-    searches 1.5 times (the mean of both kinds), more if it searches less, fewer if it searches more, as far as one-hop
-    questions are answered wrong: where a second search does them no harm, two-hop questions are what is left to learn.
-    As the kinds are told apart, by one search in the end, it falls by a quarter, since one-hop questions need practice,
-    too (LOG.md, 28, 29 and 31)."""
+    searches 1.5 times (the mean of both kinds), more if it searches less, fewer if it searches more. The latter less,
+    the further one-hop questions are ahead: then a second search does them no harm, and two-hop questions are what is
+    left to learn. As the kinds are told apart, by one search in the end, the share falls by a quarter, since one-hop
+    questions need practice, too (LOG.md, 28, 29, 31 and 32)."""
     one, two = (record.get(f"env/searches_{hops}hop", 1.5) for hops in (1, 2))
     lean = 1.5 - (one + two) / 2
     if lean < 0:
-        lean *= 1 - record.get("env/em_1hop", 0.0)
+        lean *= 1 - max(0.0, record.get("env/em_1hop", 0.0) - record.get("env/em_2hop", 0.0))
     return min(0.9, max(0.2, 0.75 + lean - 0.25 * max(0.0, two - one)))
 
 def draw_questions(questions, count, two_hop_share, rng):

@@ -108,17 +108,17 @@ def test_questions_are_drawn_by_type(world):
 def test_the_share_of_two_hop_questions_leans_against_the_drift():
     """Claim: the less the policy searches, the more questions take two searches; both kinds count alike, however many
     there were. The first step, of which nothing is known, gets three in four, a policy that searches as it should one
-    in two. One that searches too much is held back as far as its one-hop questions are wrong.
+    in two. One that searches too much is held back, less where one-hop questions are ahead of two-hop ones.
     Fails if: two_hop_share adds the searches instead of subtracting them, has no bounds, does not look at the
-    difference of the kinds, or leans as far when all one-hop questions are right.
+    difference of the kinds, leans as far when all one-hop questions are right, or does not look at two-hop ones.
     """
-    record = lambda one, two, right: {"env/searches_1hop": one, "env/searches_2hop": two, "env/em_1hop": right}
-    share = lambda one, two, right=0.0: data.two_hop_share(record(one, two, right))
+    record = lambda *values: dict(zip([f"env/{k}_{h}hop" for k in ("searches", "em") for h in (1, 2)], values))
+    share = lambda *values: data.two_hop_share(record(*values))
     assert data.two_hop_share({}) == data.two_hop_share({"env/searches_2hop": 1.5}) == share(1.5, 1.5) == 0.75
     drifting = [share(0, 0), share(1, 1), share(1.2, 1.6), share(1, 2), share(2, 2), share(2, 1), share(3, 3)]
     assert drifting == pytest.approx([0.9, 0.9, 0.75, 0.5, 0.25, 0.75, 0.2])
-    told = [share(2, 2, 0.4), share(2, 2, 1.0), share(1, 1, 1.0), share(1, 2, 1.0)]
-    assert told == pytest.approx([0.45, 0.75, 0.9, 0.5])
+    told = [share(2, 2, 0.6, 0.2), share(2, 2, 1, 0), share(2, 2, 1, 1), share(2, 2, 0.2, 0.6), share(1, 1, 1, 0)]
+    assert told == pytest.approx([0.45, 0.75, 0.25, 0.25, 0.9])
 
 
 def test_the_fixed_sample_is_fixed_and_balanced(world):
