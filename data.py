@@ -500,12 +500,20 @@ def weights_dtype(wish, device):
         print("this GPU has no bf16: weights are fp32, twice the memory (adapters fit: --lora-rank 32)")
     return torch.bfloat16 if has_bf16 and (wish == "bf16" or (wish == "auto" and on_card)) else torch.float32
 
+def step_of(checkpoint):
+    return int(checkpoint.name.split("-")[1])
+
+def newest(path):
+    """Folder of a run -> its newest checkpoint; whatever else names a model -> itself."""
+    return str(max(Path(path).glob("checkpoint-[0-9]*"), key=step_of, default=path))
+
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
-    """Folder, hub id or GGUF file of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not
-    linear."""
+    """Folder (of a checkpoint or of a run), hub id or GGUF file of a causal LM -> (policy, tokenizer). Mistake if there
+    is none, or its head is not linear."""
+    path = newest(path)
     packed = Path(path).suffix == ".gguf"
     if Path(path).exists() and not packed and not (Path(path) / "config.json").exists():
-        raise Mistake(f"{path} holds no model (no config.json); give a folder like outputs/run-1/checkpoint-100")
+        raise Mistake(f"{path} holds no model (no config.json); give a folder like outputs/run-1")
     where, file = (Path(path).parent, {"gguf_file": Path(path).name}) if packed else (path, {})
     try:
         if not packed:  # asks once; transformers tries for 30 seconds
@@ -533,7 +541,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
 def load_settings(checkpoint, real=False):
     """Checkpoint -> (Settings of its conversations, the rest of search_r1.json as a dict: world_seed, corpus, encoder,
     method, base). Without that file: the paper's settings if it is asked about `real` data, else the tiny world's."""
-    file = Path(checkpoint) / "search_r1.json"
+    file = Path(newest(checkpoint)) / "search_r1.json"
     saved = json.loads(file.read_text()) if file.exists() else asdict(Settings() if real else TINY_SETTINGS)
     settings = Settings(**{f.name: saved.pop(f.name, f.default) for f in fields(Settings)})  # a field may be younger
     about = {"world_seed": 0, "corpus": None, "encoder": "hashed", "base": None}

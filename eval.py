@@ -15,9 +15,9 @@ Departures from the paper (the official repository has no code for its baselines
         answer in the official tags. The first tag is put into the model's mouth, so that all answers are read alike.
   [D16] Search-o1: the call that reads the passages sees them and the query, not the thoughts so far.
 
-    python eval.py --checkpoint outputs/run-1/checkpoint-100                 all held-out questions of its world
+    python eval.py --checkpoint outputs/run-1                                all held-out questions of its world
     python eval.py --checkpoint DIR --method rag ircot search-r1 --data all --corpus wiki18 --limit 500
-    python eval.py --checkpoint outputs/run-1/checkpoint-100 --ask "who is the mayor of bodaton?"
+    python eval.py --checkpoint outputs/run-1 --ask "who is the mayor of bodaton?"
     python eval.py --plot outputs/run-1 outputs/run-2
 """
 
@@ -508,7 +508,7 @@ def parse(argv):
     """Command line -> its values. Mistake for flags that contradict each other."""
     parser = Parser(description="Evaluate a checkpoint of Search-R1, talk to it, or draw the curves of runs.")
     add, only = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add("--checkpoint", help="folder of a checkpoint (or a hub id)")
+    add("--checkpoint", type=data.newest, help="folder of a run (its newest checkpoint), of a checkpoint, or a hub id")
     add("--method", nargs="+", choices=METHODS, metavar="METHOD",
         help=f"any of {', '.join(METHODS)}; default: what it was trained for")  # fmt: skip
     sets = "question files (JSON lines: id, question, golden_answers) or names of sets, joined by + into one"

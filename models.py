@@ -57,7 +57,7 @@ from searchr1 import Critic
 # ten updates on 2560 rollouts are where the official GRPO collapses. The warm-ups are 0.285 and 0.015 of the steps.
 REAL = {
     "steps": 300, "batch_size": 16, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6,
-    "critic_lr": 1e-5, "warmup_steps": 86, "critic_lr_warmup_steps": 5, "critic_warmup_steps": 0, "lr_decay": False,
+    "critic_lr": 1e-5, "warmup_steps": 86, "critic_lr_warmup_steps": 5, "critic_warmup_steps": 0, "cooldown": 0,
     "adam_beta2": 0.999, "weight_decay": 0.01, "max_turns": 4, "max_new_tokens": 500, "max_obs_length": 500,
     "max_length": 4096, "invalid_message": "official", "recompute_old_logprobs": True, "gradient_checkpointing": True,
     "slots": 64, "eval_every": 50, "eval_limit": 100, "save_every": 50,
@@ -93,7 +93,7 @@ PAPER_ONE = {"group_size": 1, "minibatches": 2}  # 512 rollouts in mini-batches 
 LAPTOP = {
     "model": "Qwen/Qwen2.5-0.5B-Instruct", "train_data": "hotpotqa", "corpus": "bm25:contexts", "lora_rank": 32,
     "lora_layers": 12, "lora_alpha": 64.0, "steps": 100, "batch_size": 5, "group_size": 8, "minibatches": 1,
-    "micro_batch_tokens": 2048, "recompute_old_logprobs": True, "lr": 1e-4, "critic_lr": 5e-4, "lr_decay": False,
+    "micro_batch_tokens": 2048, "recompute_old_logprobs": True, "lr": 1e-4, "critic_lr": 5e-4, "cooldown": 0,
     "adam_beta2": 0.99, "clip_high": 0.28, "kl_coef": 0.0,
     "reward": "em+f1", "prompt": "short", "max_turns": 2, "max_new_tokens": 64, "max_obs_length": 120,
     "max_length": 448, "top_k": 1, "easy_first": True, "eval_every": 20, "eval_limit": 100, "save_every": 5,
@@ -101,12 +101,15 @@ LAPTOP = {
 LAPTOP_ONE = {"batch_size": 40, "group_size": 1}
 LAPTOP_FORMAT = {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4, "eval_every": 20}
 
+# The tiny world. What sft imitates is right from the first step, so nothing is learned by that measure.
+FINE_TUNING = {"kl_coef": 0.0, "minibatches": 1, "until_learned": False}
+
 PRESETS = {
     "tiny/grpo": {},
-    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward", "steps": 80},
+    "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward"},
     "tiny/reinforce": {"batch_size": 240, "group_size": 1},
-    "tiny/sft": {"batch_size": 240, "group_size": 1, "kl_coef": 0.0, "minibatches": 1},
-    "tiny/rejection": {"batch_size": 96, "kl_coef": 0.0, "minibatches": 1, "steps": 60},
+    "tiny/sft": FINE_TUNING | {"batch_size": 240, "group_size": 1, "steps": 100},
+    "tiny/rejection": FINE_TUNING | {"batch_size": 96, "steps": 60},
     "real/grpo": REAL,  # any --model, --train-data, --corpus
     "real/ppo": REAL | REAL_PPO,
     "real/reinforce": REAL | REAL_REINFORCE,

@@ -17,7 +17,8 @@ Departures, besides those of searchr1.py and models.py (P: from the paper, C: fr
   [D10] C  GRPO leaves groups with equal rewards out of the update, with the KL term of their tokens: their advantage
            is 0. If all groups are like that, all stay and only KL acts. Logged as frac_reward_zero_std.
   [D11] C  The learning rate warms up from lr/warmup_steps, not from 0, which would waste the first step. In the tiny
-           world it also decays over the second half.
+           world a run ends with a cooldown, in which the rate falls to a tenth. It begins when nearly all answers are
+           right, since some seeds need twice as many steps as others (LOG.md, 33).
   [D12] C  No entropy bonus unless asked for; the official default is 0.001.
   [D17] P  Rejection sampling draws its five samples a question step by step, always from the frozen base model, and
            not all of them before it begins. In one pass over the questions that is the same.
@@ -47,7 +48,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
-from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main
+from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main, step_of
 from engine import Slots, end_ids, run
 from eval import complete, direct_ids, evaluate, plot_runs, read_log, reading_ids
 from models import (PRESETS, Costs, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak,
@@ -85,7 +86,8 @@ class Config:
     gradient_checkpointing: bool = flag(False, "repeat a layer's forward pass in the backward pass; official code: yes")
     slots: int = flag(0, "rollouts in flight at once; bounds memory; 0: all of a step")
     no_cuda_graphs: bool = flag(False, "start the kernels of a decoding step one by one, if graphs make trouble")
-    steps: int = flag(100, "RL steps; the paper: 500")
+    steps: int = flag(160, "RL steps; the paper: 500")
+    until_learned: bool = flag(True, "fewer steps: the cooldown begins when 95% / 85% are right at one hop / two hops")
     batch_size: int = flag(48, "questions a step, Q; the paper: 512")
     group_size: int = flag(5, "rollouts a question, G; the paper: 5 (GRPO), 1 (PPO)")
     minibatches: int = flag(4, "optimiser updates a step; the paper: 2 (PPO), 10 (GRPO)")
@@ -95,7 +97,7 @@ class Config:
     warmup_steps: int = flag(5, "linear warm-up of the learning rate, in RL steps; the paper: 0.285 of all")
     critic_lr_warmup_steps: int = flag(5, "the same for the critic; the paper: 0.015 of all")
     critic_warmup_steps: int = flag(3, "first steps in which only the critic learns (PPO)")
-    lr_decay: bool = flag(True, "second half: linear decay to a tenth")
+    cooldown: int = flag(25, "last steps, half of them at most, in which the learning rate falls to a tenth")
     adam_beta2: float = flag(0.95, "decay of Adam's mean square; official code: 0.999")
     weight_decay: float = flag(0.0, "pulls the weights towards 0, away from the reference; official code: 0.01")
     max_grad_norm: float = flag(1.0, "gradient clipping; the paper: 1.0")
@@ -198,6 +200,10 @@ def train(config, policy, task):
             bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
             if tell_signs(record, records, told, config) and config.stop_on_collapse:
                 stop.append("collapse")
+            if learned(records, config) and step + config.cooldown < config.steps:
+                config.steps = bar.total = step + config.cooldown
+                write_config(config)
+                tqdm.write(f"step {step}: nearly learned; {config.cooldown} more steps at a falling learning rate")
 
             # Phase 8. Evaluate and save.
             try:
@@ -208,7 +214,9 @@ def train(config, policy, task):
                 bar.update()
             if step == config.steps or stop or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(step, models, task.tokenizer, config)
-            if stop and step < config.steps:
+            if step == config.steps:
+                break
+            if stop:
                 tqdm.write(f"stopped after step {step} and saved; continue with: python train.py --resume {out}")
                 sys.exit(130)
 
@@ -461,10 +469,10 @@ def new_logprobs(models, part, config):
     return new, {"kl": kl} | ({"kl_exact": token_mean(new.kl, part.mask_BT)} if reference else {})
 
 def learning_rate_factor(step, warmup_steps, config):
-    """Linear warm-up [D11]; with lr_decay constant to half-way, then linear to a tenth at the last step."""
-    warm = min(1.0, step / max(1, warmup_steps))
-    late = max(0.0, (step / config.steps - 0.5) / 0.5)
-    return warm * (1 - 0.9 * late if config.lr_decay else 1.0)
+    """Linear warm-up [D11], then constant; in the cooldown linear to a tenth at the last step."""
+    cooldown = min(config.cooldown, config.steps // 2)
+    left = (config.steps - step) / cooldown if cooldown else 1.0  # share of the cooldown that is still to come
+    return min(1.0, step / max(1, warmup_steps), 0.1 + 0.9 * left)
 
 # ----- 5. Phases 7 and 8: logging, evaluating, saving, ending -----
 
@@ -496,6 +504,12 @@ def tell_signs(record, records, told, config):
         tqdm.write(f"step {record['step']}: {sign}")
         told.add(sign)
     return bool(told)
+
+def learned(records, config):
+    """Metrics of the steps so far -> whether the last five answered 95% of the one-hop and 85% of the two-hop questions
+    right, so that the cooldown may begin: what is missing is mostly the noise of a large learning rate."""
+    mean = lambda name: sum(r.get(name, 0.0) for r in records[-5:]) / 5
+    return config.until_learned and config.cooldown and mean("env/em_1hop") >= 0.95 and mean("env/em_2hop") >= 0.85
 
 def health(records, config):
     """Metrics of the steps so far -> what looks ill in the last five beside the first five, and what helps."""
@@ -570,10 +584,13 @@ def first_evaluation(config, policy, task, slots):
     out.mkdir(parents=True, exist_ok=True)
     for log_file in LOGS:  # of a run that was killed before its first checkpoint
         (out / log_file).unlink(missing_ok=True)
-    with written_whole(out / "config.json") as file:
-        file.write(json.dumps(asdict(config), indent=2) + "\n")
+    write_config(config)
     log({"step": 0} | evaluation(0, policy, task, slots, config), config)
     return 0
+
+def write_config(config):
+    with written_whole(Path(config.output_dir) / "config.json") as file:
+        file.write(json.dumps(asdict(config), indent=2) + "\n")
 
 LOGS = "metrics.jsonl", "samples.jsonl"
 
@@ -624,9 +641,6 @@ def save_checkpoint(step, models, tokenizer, config):
         raise Mistake(f"checkpoint-{step} cannot be written to {out}: {why}; make room, then --resume {out}") from None
     unfinished.rename(out / f"checkpoint-{step}")
     tidy(out, config.keep)
-
-def step_of(checkpoint):
-    return int(checkpoint.name.split("-")[1])
 
 def tidy(out, keep):
     """Remove what a run's folder no longer needs: trainer states but the newest, what a kill left unfinished, and with
@@ -796,10 +810,10 @@ CHOICES = {
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
             "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
 NOT_NEGATIVE = ("search_patience max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank "
-                "lora_layers slots weight_decay keep save_every").split()  # fmt: skip
+                "lora_layers slots weight_decay keep save_every cooldown").split()  # fmt: skip
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
-RESUME_MAY_CHANGE = set("steps save_every keep slots micro_batch_tokens gradient_checkpointing no_cuda_graphs wandb "
-                        "search_patience stop_on_collapse".split())  # fmt: skip
+RESUME_MAY_CHANGE = set("steps until_learned save_every keep slots micro_batch_tokens gradient_checkpointing "
+                        "no_cuda_graphs wandb search_patience stop_on_collapse".split())  # fmt: skip
 
 def parse_flags(argv):
     """Command line -> {name: value} of the flags that were given."""
@@ -866,7 +880,7 @@ def resumed_config(given):
         raise Mistake(f"--resume: no checkpoint in {folder} has the trainer_state.pt that it takes to continue")
     if unknown := set(saved) - {f.name for f in fields(Config)}:
         raise Mistake(f"{folder} was made by another version, with flags that are gone: {', '.join(sorted(unknown))}")
-    saved = asdict(Config()) | saved  # a flag may be younger than the run
+    saved = asdict(Config()) | {"until_learned": False} | saved  # a flag may be younger than the run
     for name in set(given) - {"resume", "output_dir"} - RESUME_MAY_CHANGE:
         if given[name] != saved[name]:
             raise Mistake(f"--resume goes on with --{name.replace('_', '-')} {saved[name]}, not with {given[name]}")
@@ -898,9 +912,9 @@ def main(argv=None):
         lines = re.sub(r"\s*(<(think|search|information|answer)>)", r"\n  \1", sample["transcript"])
         print((sample["question"] + lines).translate(HARMLESS))
     asked = shlex.quote(samples[-1]["question"].translate(HARMLESS))
-    print(f"\nNext: python eval.py --checkpoint {out}/checkpoint-{config.steps} --ask {asked}")
+    print(f"\nNext: python eval.py --checkpoint {out} --ask {asked}")
     plain = config.preset == "tiny" and config.method == "search-r1" and not (config.no_mask or config.shuffle_rewards)
-    if plain and config.steps >= PRESETS[f"tiny/{config.algo}"].get("steps", Config.steps):
+    if plain and (config.steps >= Config.steps or learned(records, config)):
         searches, right = ([records[-1][f"eval/{of}_{hops}hop"] for hops in (1, 2)] for of in ("searches", "em"))
         print(f"It now searches {searches[0]:.2f} / {searches[1]:.2f} times for one-hop / two-hop questions", end="")
         fine = right[0] >= 0.95 and right[1] >= 0.90  # how many runs end above these: README.md, "What comes out"

@@ -2,7 +2,7 @@
 probabilities of their tokens, the advantages of a group. One HTML file that needs nothing else; the same command writes
 the same bytes.
 
-    python -m course.page outputs/run-1/checkpoint-100 page.html
+    python -m course.page outputs/run-1 page.html
     python -m course.page DIR page.html --before Qwen/Qwen2.5-3B --data hotpotqa --corpus contexts --limit 12
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import data
-from data import Mistake, fixed_sample, load_checkpoint, load_settings
+from data import Mistake, fixed_sample, load_checkpoint, load_settings, newest
 from eval import question_sets
 from retrieval import written_whole
 from searchr1 import HARMLESS, group_advantages, kinds, outcome_reward, parts, rollout
@@ -202,7 +202,7 @@ def parse(argv):
     """Command line -> its values. Mistake, before any work, for what cannot be done."""
     parser = data.Parser(description="Write a page that shows a policy before and after training.")
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="after training: folder of a checkpoint (or a hub id)")
+    add("checkpoint", metavar="CHECKPOINT", type=newest, help="after training: folder of a run or checkpoint, or hub id")
     add("file", metavar="FILE", help="the page to write")
     add("--before", metavar="DIR", help="before training (default: what CHECKPOINT was trained from)")
     add("--limit", type=int, default=QUESTIONS, help=f"questions (default: {QUESTIONS}; at most {MOST_QUESTIONS})")

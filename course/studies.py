@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import functools
 import io
+import json
 import multiprocessing
 import random
 import shutil
@@ -109,8 +110,9 @@ def finished_run(given):
     name = "-".join(f"{key}-{value}".replace("_", "-") for key, value in sorted(given.items()))
     folder = Path("outputs/studies") / name
     flags = {key: value for key, value in given.items() if key not in LOADING}
-    checkpoint = folder / f"checkpoint-{train.parse_config(flags).steps}"
-    if not checkpoint.exists():
+    # A run that learns early has fewer steps than it was given; its config.json says how many.
+    last = lambda: folder / f"checkpoint-{json.loads((folder / 'config.json').read_text())['steps']}"
+    if not (folder / "config.json").exists() or not last().exists():
         half = any(folder.glob("checkpoint-*/trainer_state.pt"))
         if not half:
             shutil.rmtree(folder, ignore_errors=True)
@@ -118,7 +120,7 @@ def finished_run(given):
         print(f"{'continuing' if half else 'run'} {name}")
         with quiet(), PATCHES[given.get("patch", "")]():  # the bar stays
             train.train(config, *load(config, {key: given.get(key, LOADING[key]) for key in LOADING}))
-    return checkpoint
+    return last()
 
 
 def quiet():
@@ -166,6 +168,9 @@ STUDIES = {
 }  # fmt: skip
 
 
+LENGTH = {"steps": 100, "until_learned": False}  # of all runs of a study: compared are runs of one length
+
+
 def study(name, seeds, given, labels):
     """Make the runs of a study with these labels, draw them into figures/<name>.png with bands over the seeds, print
     where they end."""
@@ -174,7 +179,7 @@ def study(name, seeds, given, labels):
     for seed in range(seeds):
         for label, changes in variants.items():
             changes = {key: value for key, value in changes.items() if value != defaults[key]}  # a run has one name
-            folder = finished_run(changes | given | {"seed": seed}).parent
+            folder = finished_run(LENGTH | changes | given | {"seed": seed}).parent
             runs[f"{label}, seed {seed}"] = read_runs([folder])[folder.name]
     Path("figures").mkdir(exist_ok=True)
     plot_runs(runs, f"figures/{name}.png")
@@ -384,10 +389,11 @@ def draw_runs(asked, runs):
             axis = panels[row][column]
             of = [records for a, records in zip(asked, runs) if a["algo"] == algo]
             lines = [{r["step"]: r[name] for r in records if name in r} for records in of]
-            steps = sorted(set.intersection(*map(set, lines)))
             for line in lines:
-                axis.plot(steps, [line[step] for step in steps], color="C0", alpha=0.3, linewidth=0.8)
-            axis.plot(steps, [statistics.mean(line[step] for line in lines) for step in steps], color="C3", linewidth=2)
+                axis.plot(*zip(*line.items()), color="C0", alpha=0.3, linewidth=0.8)
+            steps = sorted(set.union(*map(set, lines)))  # a run that has ended counts with its last evaluation
+            means = [statistics.mean(line[max(s for s in line if s <= step)] for line in lines) for step in steps]
+            axis.plot(steps, means, color="C3", linewidth=2)
             axis.axhline(BAR[name], color="gray", linestyle=":")
             axis.set(title=f"{algo}, {row + 1} hop{'s' * row}, {len(of)} runs", xlabel="training step", ylim=(0, 1))
             axis.grid(alpha=0.3)

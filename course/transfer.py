@@ -1,7 +1,7 @@
 """What has a policy learned: its entities, its wordings, or the method? Exact match of a checkpoint of the tiny world
 on questions that are further and further from those that it was trained on.
 
-    python -m course.transfer outputs/run-1/checkpoint-100
+    python -m course.transfer outputs/run-1
 
     training questions        as they were asked in training
     reworded                  about the same facts, in other words
@@ -68,7 +68,7 @@ def transfer(policy, tokenizer, settings, world_seed, limit):
 
 def main(argv=None):
     parser = Parser(description="Ask a checkpoint of the tiny world what is further and further from its training.")
-    parser.add_argument("checkpoint", help="folder of a checkpoint of the tiny world")
+    parser.add_argument("checkpoint", help="folder of a run in the tiny world, or of its checkpoint")
     parser.add_argument("--limit", type=int, default=400, help="questions a row (default: 400)")
     args = parser.parse_args(argv)
     settings, about = load_settings(args.checkpoint)

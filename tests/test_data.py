@@ -543,6 +543,17 @@ def test_a_mistake_about_questions_or_passages_is_found_early_and_is_one_line(he
 # ----- Checkpoints, and what a user can get wrong -----
 
 
+def test_the_newest_checkpoint_stands_for_its_run(tmp_path):
+    """Claim: the folder of a run means its checkpoint of the highest step; any other name means itself.
+    Fails if: newest compares names ("checkpoint-20" after "checkpoint-100"), or takes what is unfinished.
+    """
+    for name in ("checkpoint-20", "checkpoint-100", "unfinished-120", "checkpoint-of-a-friend"):
+        (tmp_path / name).mkdir()
+    assert data.newest(tmp_path) == str(tmp_path / "checkpoint-100")
+    for name in (str(tmp_path / "checkpoint-20"), "Qwen/Qwen2.5-0.5B", "model.gguf"):
+        assert data.newest(name) == name
+
+
 def test_a_conversation_runs_as_the_checkpoint_was_trained(tmp_path):
     """Claim: search_r1.json decides about conversations, world, corpus, encoder and method, also one that was written
     before there were `encoder`, `method` and `base`: a policy of --no-search is then asked as r1. Without the file, the

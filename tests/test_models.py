@@ -350,7 +350,7 @@ def test_the_paper_preset_is_the_official_script():
     both = {
         "model": "Qwen/Qwen2.5-7B", "train_data": "nq+hotpotqa", "steps": 1005, "batch_size": 512, "lr": 1e-6,
         "critic_lr": 1e-5, "warmup_steps": 286, "critic_lr_warmup_steps": 15, "critic_warmup_steps": 0,
-        "lr_decay": False, "adam_beta2": 0.999, "weight_decay": 0.01, "max_grad_norm": 1.0, "clip_eps": 0.2,
+        "cooldown": 0, "adam_beta2": 0.999, "weight_decay": 0.01, "max_grad_norm": 1.0, "clip_eps": 0.2,
         "value_clip": 0.5, "gamma": 1.0, "lam": 1.0, "kl_coef": 0.001, "kl": "k3", "entropy_coef": 0.001,
         "reward": "em", "temperature": 1.0, "max_turns": 4, "max_new_tokens": 500, "max_obs_length": 500,
         "max_length": 4096, "top_k": 3, "invalid_message": "official", "recompute_old_logprobs": True,
@@ -370,9 +370,9 @@ TINY = {
     "corpus": "", "encoder": "hashed", "search_patience": 300, "output_dir": "none", "resume": "", "device": "auto",
     "dtype": "auto",
     "lora_rank": 0, "lora_layers": 0, "lora_alpha": 32.0, "gradient_checkpointing": False, "slots": 0,
-    "no_cuda_graphs": False, "steps": 100, "batch_size": 48, "group_size": 5, "minibatches": 4,
+    "no_cuda_graphs": False, "steps": 160, "until_learned": True, "batch_size": 48, "group_size": 5, "minibatches": 4,
     "micro_batch_tokens": 4096, "lr": 5e-4, "critic_lr": 1e-3, "warmup_steps": 5,
-    "critic_lr_warmup_steps": 5, "critic_warmup_steps": 3, "lr_decay": True, "adam_beta2": 0.95, "weight_decay": 0.0,
+    "critic_lr_warmup_steps": 5, "critic_warmup_steps": 3, "cooldown": 25, "adam_beta2": 0.95, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "clip_eps": 0.2, "value_clip": 0.5, "gamma": 1.0, "lam": 1.0, "kl_coef": 0.001,
     "kl_in": "loss", "kl": "k3", "entropy_coef": 0.0, "reward": "em", "temperature": 1.0, "max_turns": 3,
     "max_new_tokens": 14, "max_obs_length": 64, "max_length": 256, "top_k": 3, "invalid_message": "paper",
@@ -381,7 +381,7 @@ TINY = {
 }  # fmt: skip
 ONE_CARD = {
     "train_data": "hotpotqa", "corpus": "contexts", "encoder": "intfloat/e5-base-v2", "gradient_checkpointing": True,
-    "slots": 64, "batch_size": 16, "minibatches": 1, "micro_batch_tokens": 8192, "lr_decay": False,
+    "slots": 64, "batch_size": 16, "minibatches": 1, "micro_batch_tokens": 8192, "cooldown": 0,
     "critic_warmup_steps": 0, "adam_beta2": 0.999, "weight_decay": 0.01, "max_turns": 4, "max_new_tokens": 500,
     "max_obs_length": 500, "max_length": 4096, "invalid_message": "official", "recompute_old_logprobs": True,
     "eval_every": 50, "eval_limit": 100, "save_every": 50,
@@ -391,12 +391,12 @@ LITERAL = {
     "laptop/format": {
         "model": "Qwen/Qwen2.5-0.5B-Instruct", "train_data": "hotpotqa", "corpus": "bm25:contexts", "lora_rank": 32,
         "lora_layers": 12, "lora_alpha": 64.0, "steps": 20, "batch_size": 8, "group_size": 1, "minibatches": 1,
-        "lr": 1e-4, "micro_batch_tokens": 2048, "recompute_old_logprobs": True, "critic_lr": 5e-4, "lr_decay": False,
+        "lr": 1e-4, "micro_batch_tokens": 2048, "recompute_old_logprobs": True, "critic_lr": 5e-4, "cooldown": 0,
         "adam_beta2": 0.99, "kl_coef": 0.0,
         "reward": "em+f1", "max_turns": 2, "max_new_tokens": 64, "max_obs_length": 120, "max_length": 448, "top_k": 1,
         "warmup_steps": 4, "eval_every": 20, "eval_limit": 100, "save_every": 5,
     },
-    "tiny/rejection": {"batch_size": 96, "minibatches": 1, "kl_coef": 0.0, "steps": 60},
+    "tiny/rejection": {"batch_size": 96, "minibatches": 1, "kl_coef": 0.0, "steps": 60, "until_learned": False},
     "qwen2.5-3b/ppo": ONE_CARD | {
         "model": "Qwen/Qwen2.5-3B", "steps": 300, "warmup_steps": 86, "lora_rank": 32, "lora_alpha": 64.0, "lr": 1e-5,
         "critic_lr": 1e-4, "batch_size": 80, "group_size": 1, "kl_in": "reward", "slots": 56,
