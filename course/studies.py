@@ -366,13 +366,13 @@ def luck(jobs, given):
 def write_luck(asked, runs):
     """The ends of the runs made so far -> figures/seeds.csv, a row each -> whether each of them reaches BAR."""
     reached = [all(records[-1][name] >= bar for name, bar in BAR.items()) for records in runs]
-    names = [*BAR, "eval/searches_1hop", "eval/searches_2hop"]
+    names = ["step", *BAR, "eval/searches_1hop", "eval/searches_2hop"]
     with written_whole("figures/seeds.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["algo", "what", "number", *(name.removeprefix("eval/") for name in names), "reached"])
         for a, records, fine in zip(asked, runs, reached):
             what = next(kind for kind in NUMBERS if kind in a)
-            writer.writerow([a["algo"], what, a[what], *(f"{records[-1][name]:.4f}" for name in names), int(fine)])
+            writer.writerow([a["algo"], what, a[what], *(round(records[-1][name], 4) for name in names), int(fine)])
     return reached
 
 

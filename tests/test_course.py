@@ -204,8 +204,8 @@ def test_the_study_of_luck_makes_sixty_runs_and_counts_those_that_reach_the_bar(
     assert re.search(r"ppo +seed +8 of 10 ", out) and re.search(r"ppo +world_seed +0 of 10 ", out)
     assert "24 of 60 runs reach" in out and Path("figures/seeds.png").stat().st_size > 10_000
     rows = Path("figures/seeds.csv").read_text().splitlines()
-    assert rows[0] == "algo,what,number,em_1hop,em_2hop,sampled_em_1hop,searches_1hop,searches_2hop,reached"
-    assert len(rows) == 61 and "ppo,seed,2,1.0000,0.2500,0.8000,3.0000,2.0000,1" in rows
+    assert rows[0] == "algo,what,number,step,em_1hop,em_2hop,sampled_em_1hop,searches_1hop,searches_2hop,reached"
+    assert len(rows) == 61 and "ppo,seed,2,160,1.0,0.25,0.8,3,2.0,1" in rows
 
 
 def test_the_table_has_every_method_of_the_paper(tiny, monkeypatch, capsys):
