@@ -914,7 +914,7 @@ def main(argv=None):
     asked = shlex.quote(samples[-1]["question"].translate(HARMLESS))
     print(f"\nNext: python eval.py --checkpoint {out} --ask {asked}")
     plain = config.preset == "tiny" and config.method == "search-r1" and not (config.no_mask or config.shuffle_rewards)
-    if plain and (config.steps >= Config.steps or learned(records, config)):
+    if plain and (config.steps >= Config.steps or any(learned(records[:i], config) for i in range(len(records)))):
         searches, right = ([records[-1][f"eval/{of}_{hops}hop"] for hops in (1, 2)] for of in ("searches", "em"))
         print(f"It now searches {searches[0]:.2f} / {searches[1]:.2f} times for one-hop / two-hop questions", end="")
         fine = right[0] >= 0.95 and right[1] >= 0.90  # how many runs end above these: README.md, "What comes out"
