@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import torch
 from tqdm import tqdm
 
@@ -391,9 +392,9 @@ def draw_runs(asked, runs):
             lines = [{r["step"]: r[name] for r in records if name in r} for records in of]
             for line in lines:
                 axis.plot(*zip(*line.items()), color="C0", alpha=0.3, linewidth=0.8)
-            steps = sorted(set.union(*map(set, lines)))  # a run that has ended counts with its last evaluation
-            means = [statistics.mean(line[max(s for s in line if s <= step)] for line in lines) for step in steps]
-            axis.plot(steps, means, color="C3", linewidth=2)
+            steps = sorted(set.union(*map(set, lines)))
+            at_steps = [numpy.interp(steps, *zip(*line.items())) for line in lines]  # after its end: its last one
+            axis.plot(steps, numpy.mean(at_steps, axis=0), color="C3", linewidth=2)
             axis.axhline(BAR[name], color="gray", linestyle=":")
             axis.set(title=f"{algo}, {row + 1} hop{'s' * row}, {len(of)} runs", xlabel="training step", ylim=(0, 1))
             axis.grid(alpha=0.3)
