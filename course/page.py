@@ -202,7 +202,7 @@ def parse(argv):
     """Command line -> its values. Mistake, before any work, for what cannot be done."""
     parser = data.Parser(description="Write a page that shows a policy before and after training.")
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", type=newest, help="after training: folder of a run or checkpoint, or hub id")
+    add("checkpoint", metavar="CHECKPOINT", type=newest, help="after training: a run, a checkpoint or a hub id")
     add("file", metavar="FILE", help="the page to write")
     add("--before", metavar="DIR", help="before training (default: what CHECKPOINT was trained from)")
     add("--limit", type=int, default=QUESTIONS, help=f"questions (default: {QUESTIONS}; at most {MOST_QUESTIONS})")

@@ -642,7 +642,7 @@ def test_a_search_engine_that_goes_away_ends_the_run_and_loses_no_step(small_bas
     the run in which the engine never failed. No rollout is trained on without its passages.
     Fails if: train catches SearchFailed and goes on, or saves under the number of the step that failed.
     """
-    run = SMALL + ["--steps", "3", "--eval-every", "9", "--batch-size", "25", "--device", "cpu"]  # it searches in step 3, too
+    run = SMALL + ["--steps", "3", "--eval-every", "9", "--batch-size", "25", "--device", "cpu"]  # enough to search
     train.main(run + ["--output-dir", "whole"])
     load_run = train.load_run
 
