@@ -504,13 +504,13 @@ def step_of(checkpoint):
     return int(checkpoint.name.split("-")[1])
 
 def newest(path):
-    """Folder of a run -> its newest checkpoint; whatever else names a model -> itself."""
+    """Folder of a run -> its newest checkpoint; whatever else names a model -> itself. For command lines: what a run or
+    an evaluation records is then the checkpoint, which stays what it is when the run goes on."""
     return str(max(Path(path).glob("checkpoint-[0-9]*"), key=step_of, default=path))
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
-    """Folder (of a checkpoint or of a run), hub id or GGUF file of a causal LM -> (policy, tokenizer). Mistake if there
-    is none, or its head is not linear."""
-    path = newest(path)
+    """Folder, hub id or GGUF file of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not
+    linear."""
     packed = Path(path).suffix == ".gguf"
     if Path(path).exists() and not packed and not (Path(path) / "config.json").exists():
         raise Mistake(f"{path} holds no model (no config.json); give a folder like outputs/run-1")
@@ -541,7 +541,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
 def load_settings(checkpoint, real=False):
     """Checkpoint -> (Settings of its conversations, the rest of search_r1.json as a dict: world_seed, corpus, encoder,
     method, base). Without that file: the paper's settings if it is asked about `real` data, else the tiny world's."""
-    file = Path(newest(checkpoint)) / "search_r1.json"
+    file = Path(checkpoint) / "search_r1.json"
     saved = json.loads(file.read_text()) if file.exists() else asdict(Settings() if real else TINY_SETTINGS)
     settings = Settings(**{f.name: saved.pop(f.name, f.default) for f in fields(Settings)})  # a field may be younger
     about = {"world_seed": 0, "corpus": None, "encoder": "hashed", "base": None}

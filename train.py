@@ -832,6 +832,8 @@ def parse_config(given):
     given = given if isinstance(given, dict) else parse_flags(given)
     if "resume" in given:
         return resumed_config(given)
+    if given.get("model"):
+        given = given | {"model": data.newest(given["model"])}
     preset = given.get("preset") or ("real" if given.get("model") else "tiny")
     name = f"{preset}/{given.get('algo', 'grpo')}"
     if name not in PRESETS:

@@ -204,7 +204,7 @@ def parse(argv):
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", type=newest, help="after training: a run, a checkpoint or a hub id")
     add("file", metavar="FILE", help="the page to write")
-    add("--before", metavar="DIR", help="before training (default: what CHECKPOINT was trained from)")
+    add("--before", metavar="DIR", type=newest, help="before training (default: what CHECKPOINT was trained from)")
     add("--limit", type=int, default=QUESTIONS, help=f"questions (default: {QUESTIONS}; at most {MOST_QUESTIONS})")
     add("--data", nargs="+", metavar="SET", help="question files or names of sets (default: the tiny world)")
     add("--corpus", help="as eval.py takes it (default: what CHECKPOINT was trained with)")

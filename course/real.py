@@ -8,7 +8,7 @@ import csv
 import json
 from pathlib import Path
 
-from data import Mistake, Parser, newest, run_main
+from data import Mistake, Parser, run_main
 from eval import aligned, bootstrap_interval, read_log
 from retrieval import written_whole
 
@@ -18,10 +18,9 @@ COLUMNS = "model method hops n em em_low em_high f1 searches tokens steps hours"
 def origin(checkpoint):
     """OUTPUT_DIR/checkpoint-N -> (first model, what was last done to it, its steps, hours of all runs so far). A run
     that began at a checkpoint of another run has that one's origin. A model that no run made: no method, 0 steps."""
-    checkpoint = Path(newest(checkpoint))
-    run, steps = checkpoint.parent, checkpoint.name.removeprefix("checkpoint-")
+    run, steps = Path(checkpoint).parent, Path(checkpoint).name.removeprefix("checkpoint-")
     if not (run / "metrics.jsonl").exists():
-        return checkpoint.name, None, 0, 0.0
+        return Path(checkpoint).name, None, 0, 0.0
     config = json.loads((run / "config.json").read_text())
     records = list(read_log(run / "metrics.jsonl"))
     timed = [r[key] for r in records if r["step"] <= int(steps) for key in r if key.startswith("timing_s/")]

@@ -17,7 +17,7 @@ import random
 import torch
 
 import data
-from data import RELATION, Parser, fixed_sample, load_checkpoint, load_settings, make_world, run_main
+from data import RELATION, Parser, fixed_sample, load_checkpoint, load_settings, make_world, newest, run_main
 from eval import aligned, evaluate
 from retrieval import build_index
 from searchr1 import Question
@@ -68,7 +68,7 @@ def transfer(policy, tokenizer, settings, world_seed, limit):
 
 def main(argv=None):
     parser = Parser(description="Ask a checkpoint of the tiny world what is further and further from its training.")
-    parser.add_argument("checkpoint", help="folder of a run in the tiny world, or of its checkpoint")
+    parser.add_argument("checkpoint", type=newest, help="folder of a run in the tiny world, or of its checkpoint")
     parser.add_argument("--limit", type=int, default=400, help="questions a row (default: 400)")
     args = parser.parse_args(argv)
     settings, about = load_settings(args.checkpoint)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import searchr1
+import train
 from conftest import random_model
 from course import world as course_world
 from course.export import write_lines
@@ -545,13 +546,17 @@ def test_a_mistake_about_questions_or_passages_is_found_early_and_is_one_line(he
 
 def test_the_newest_checkpoint_stands_for_its_run(tmp_path):
     """Claim: the folder of a run means its checkpoint of the highest step; any other name means itself.
-    Fails if: newest compares names ("checkpoint-20" after "checkpoint-100"), or takes what is unfinished.
+    A run begun with --model DIR records the checkpoint.
+    Fails if: newest compares names ("checkpoint-20" after "checkpoint-100"), takes what is unfinished, or parse_config
+    does not call it.
     """
     for name in ("checkpoint-20", "checkpoint-100", "unfinished-120", "checkpoint-of-a-friend"):
         (tmp_path / name).mkdir()
     assert data.newest(tmp_path) == str(tmp_path / "checkpoint-100")
     for name in (str(tmp_path / "checkpoint-20"), "Qwen/Qwen2.5-0.5B", "model.gguf"):
         assert data.newest(name) == name
+    begun = train.parse_config({"model": str(tmp_path), "train_data": "q", "corpus": "p", "output_dir": "none"})
+    assert begun.model == str(tmp_path / "checkpoint-100")
 
 
 def test_a_conversation_runs_as_the_checkpoint_was_trained(tmp_path):
