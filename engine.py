@@ -24,6 +24,7 @@ from tqdm import tqdm
 from kernels import matmul_fp32
 
 GPU_SLOTS = 64  # conversations in flight on a GPU, where nobody says how many
+CACHE_BYTES = 8 * 2**30  # of keys and values, where nobody says how many slots: beside 3B weights it fits 24 GB
 FEED_TOKENS = 2**14  # rows x columns of one forward pass over long blocks: bounds the memory of prompts and passages
 
 class Mistake(ValueError):
@@ -31,12 +32,19 @@ class Mistake(ValueError):
 
 # ----- 1. Keys and values -----
 
+def slot_bytes(policy, max_length):
+    """What the keys and values of one conversation take at the most."""
+    c = policy.config
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    return (max_length + 1) * c.num_hidden_layers * 2 * heads * head_dim * policy.dtype.itemsize
+
 class Slots:
     """Slot s holds keys and values of positions 0..lengths[s]-1 of one conversation, left-aligned and without holes.
     Whatever lies beyond is left over from an earlier row. It is never visible, since a query at position p sees keys
     0..p only, and it is overwritten when the row grows. The last column takes what padding writes.
 
-    On a GPU buffers have their final size at once: a CUDA graph replays over fixed addresses. Elsewhere they grow.
+    On a GPU buffers have their final size at once: graphs replay over fixed addresses. Elsewhere they grow to it.
 
     PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
     keys with new weights, and nothing complains. So `run` empties all slots first. Buffers and graphs stay: the
@@ -45,7 +53,8 @@ class Slots:
     def __init__(self, policy, slots, max_length, static=None, graphs=True):
         self.device = policy.get_output_embeddings().weight.device
         self.static = self.device.type == "cuda" if static is None else static
-        self.capacity = max_length + 1 if self.static else 0  # columns; the last one is never visible
+        self.most = max_length + 1  # columns; the last one is never visible
+        self.capacity = self.most if self.static else 0
         self.layers = []  # a pair [keys, values] a layer, each [slots, heads, capacity, d]
         self.lengths = [0] * slots
         self.head = None  # the lm_head in fp32, on a CPU, where a product of bf16 numbers would be rounded to bf16
@@ -63,7 +72,7 @@ class Slots:
         each one's last id in it, [n]; the Block that says where they go)."""
         T, width = max(map(len, blocks)), max(self.lengths[row] + len(block) for row, block in zip(rows, blocks))
         if not self.static and self.capacity <= width:
-            self.capacity = width + width // 2 + 16
+            self.capacity = min(self.most, width + width // 2 + 16)
         # One table, so that a decoding step waits for one transfer to the GPU and not for one a column.
         table = [[row, self.lengths[row], len(b), *b, *[0] * (T - len(b))] for row, b in zip(rows, blocks)]
         table = torch.tensor(table, device=self.device)

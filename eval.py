@@ -325,7 +325,8 @@ def compare(args, methods, sets, settings, about, load):
     todo = [batch for batch in batches if batch not in done]  # known by its first question
     if todo:
         policy, tokenizer, search = load()
-        slots = engine.Slots(policy, KEPT, settings.max_length)
+        most = engine.CACHE_BYTES // engine.slot_bytes(policy, settings.max_length)  # Llama-3.2-3B, 4096 ids: 18
+        slots = engine.Slots(policy, max(1, min(KEPT, most)), settings.max_length)
         generator = torch.Generator(policy.get_output_embeddings().weight.device)
     for method, name, at in tqdm(todo, unit=f" x {KEPT} questions"):
         generator.manual_seed(at)  # a comparison that goes on draws what it would have drawn

@@ -44,7 +44,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from engine import FEED_TOKENS, Mistake
+from engine import FEED_TOKENS, Mistake, slot_bytes
 from kernels import default_chunk, fused_logprob_kl
 from searchr1 import Critic
 
@@ -378,7 +378,7 @@ def predict_memory(policy, config, search_bytes=0):
         "Adam": 8 * (count + head),  # two means
         "gradients": 4 * (count + head),
         # Held through the update, because graphs point to them.
-        "keys and values": slots * (config.max_length + 1) * layers * 2 * kv * e * sets,
+        "keys and values": slots * slot_bytes(policy, config.max_length) * sets,
         "CUDA graphs": sets * GRAPHS * kernels * GRAPH_NODE * (on_card and not config.no_cuda_graphs),
         "context, workspaces": (CONTEXT + WORKSPACES) * on_card,
         "search engine": search_bytes,

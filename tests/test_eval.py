@@ -475,6 +475,22 @@ def files(checkpoint, monkeypatch):
     return "--checkpoint ck --corpus passages.jsonl --data one.jsonl two.jsonl".split()
 
 
+def test_a_comparison_holds_as_many_conversations_as_its_memory(files, monkeypatch):
+    """Claim: of KEPT questions only as many are in flight as CACHE_BYTES hold keys and values for, at least one; the
+    records are the same.
+    Fails if: compare makes KEPT slots in any case, or none.
+    """
+    made, records, one = [], [], generation.slot_bytes(data.load_checkpoint("ck")[0], SETTINGS.max_length)
+    begin = generation.Slots.__init__
+    monkeypatch.setattr(generation.Slots, "__init__", lambda self, *args: made.append(self) or begin(self, *args))
+    for room in (3, 2, 0):
+        monkeypatch.setattr(generation, "CACHE_BYTES", room * one + 1)
+        evaluation.main([*files, "--method", "rag", "--json", f"{room}.json"])
+        records.append(json.loads(Path(f"{room}.json").read_text())["records"])
+        assert len(made[-1].lengths) == max(1, room)
+    assert records[0] == records[1] == records[2]
+
+
 @pytest.fixture()
 def asked(monkeypatch):
     """The questions that methods were asked, in their order, as (method, question)."""

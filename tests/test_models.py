@@ -237,14 +237,18 @@ def test_a_bf16_weight_moves_at_the_papers_learning_rate_only_with_an_fp32_maste
 
 
 def test_predicted_keys_and_values_are_the_buffers_bytes(model):
-    """Claim: "keys and values" of predict_memory is what the static buffers of a GPU hold.
+    """Claim: "keys and values" of predict_memory is what the static buffers of a GPU hold, and what those of a CPU grow
+    to at the most.
     Fails if: the extra column or the values are forgotten (`* 2 *` dropped), query heads are counted, or rejection
-    sampling's second set is left out.
+    sampling's second set is left out; or Slots.place grows without a bound.
     """
-    slots = Slots(model, 8, 200, static=True)
-    with torch.no_grad():
-        feed(model, slots, [0], [[3, 4, 5]])
-    held = sum(store.numel() * store.element_size() for layer in slots.layers for store in layer)
+    held = 0
+    for static, count in ((True, 3), (False, 150)):
+        slots = Slots(model, 8, 200, static=static)
+        with torch.no_grad():
+            feed(model, slots, [0], [[3] * count])
+        before, held = held, sum(store.nbytes for layer in slots.layers for store in layer)
+        assert before in (0, held)
     assert predict_memory(model, train.Config(slots=8, max_length=200))["keys and values"] == held
     for algo in ("rejection", "format"):  # a second set, for the base model
         memory = predict_memory(model, train.Config(algo=algo, slots=8, max_length=200))
