@@ -253,11 +253,18 @@ WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write i
 
 BATCH = 256  # questions that are answered together
 
-def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None):
+def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None,
+           bar=None):  # fmt: skip
     """Answer each question by a method of METHODS, all at once -> list of Rollouts in the order of the questions.
-    temperature, generator, slots: engine.run"""
+    temperature, generator, slots: engine.run. bar: of tqdm, moves whenever a question is answered."""
     ends, rollouts = engine.end_ids(policy, tokenizer), [Rollout(question, [], [], [], 0) for question in questions]
-    conversations = [(r, METHODS[method](r, tokenizer, settings, ends)) for r in rollouts]
+
+    def conversation(r):
+        yield from METHODS[method](r, tokenizer, settings, ends)
+        if bar is not None:
+            bar.update()
+
+    conversations = [(r, conversation(r)) for r in rollouts]
     find = lambda queries: search(queries, settings.top_k)
     engine.run(policy, conversations, find, settings.max_length, 1, temperature, generator, slots)
     return rollouts
@@ -267,9 +274,10 @@ def evaluate(policy, tokenizer, questions, search, settings, method="search-r1",
     """Answer every Question once -> (metrics as in mean_scores, Rollouts in the order of the questions)."""
     most, rollouts = engine.GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else BATCH, []
     slots = slots or engine.Slots(policy, min(len(questions), most), settings.max_length)
-    for at in range(0, len(questions), BATCH):
-        batch = questions[at : at + BATCH]
-        rollouts += answer(policy, tokenizer, batch, search, settings, method, temperature, generator, slots)
+    with tqdm(total=len(questions), desc="evaluation", leave=False, delay=5) as bar:  # shown after 5 s
+        for at in range(0, len(questions), BATCH):
+            how = settings, method, temperature, generator, slots, bar
+            rollouts += answer(policy, tokenizer, questions[at : at + BATCH], search, *how)
     return mean_scores([scores_of(r, method) for r in rollouts], [q.hops for q in questions]), rollouts
 
 # ----- 4. The comparison: methods x sets, kept batch by batch -----
@@ -328,15 +336,17 @@ def compare(args, methods, sets, settings, about, load):
         most = engine.CACHE_BYTES // engine.slot_bytes(policy, settings.max_length)  # Llama-3.2-3B, 4096 ids: 18
         slots = engine.Slots(policy, max(1, min(KEPT, most)), settings.max_length)
         generator = torch.Generator(policy.get_output_embeddings().weight.device)
-    for method, name, at in tqdm(todo, unit=f" x {KEPT} questions"):
+    bar = tqdm(initial=len(records), total=len(methods) * sum(map(len, sets.values())), unit=" questions")
+    for method, name, at in todo:
         generator.manual_seed(at)  # a comparison that goes on draws what it would have drawn
-        asked, how = sets[name][at : at + KEPT], (settings, method, args.temperature, generator, slots)
+        asked, how = sets[name][at : at + KEPT], (settings, method, args.temperature, generator, slots, bar)
         rollouts = answer(policy, tokenizer, asked, search, *how)
         batch = [make_record(r, tokenizer, method, name, at + i) for i, r in enumerate(rollouts)]
         records += batch
         if args.json:
             with open(part, "a") as lines:
                 lines.write(json.dumps({"config": config, "records": batch}) + "\n")
+    bar.close()
     metrics, intervals = summary(records)
     if args.json:
         content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}

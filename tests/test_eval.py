@@ -504,6 +504,30 @@ def asked(monkeypatch):
 COMPARISON = "--method direct rag ircot --limit 5 --temperature 1 --json".split()
 
 
+def test_the_bar_of_a_comparison_counts_questions(files, asked, monkeypatch):
+    """Claim: the bar moves whenever a question is answered, not batch by batch, which may take half an hour. A
+    comparison that goes on begins with what it has.
+    Fails if: the bar gets no `total`, or no `initial`; or a conversation ends without moving it.
+    """
+    moved = []
+
+    class Bar(evaluation.tqdm):
+        def update(self, n=1):
+            moved.append((self.n, n, self.total))
+            super().update(n)
+
+    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    evaluation.main(files + COMPARISON + ["out.json"])
+    assert moved == [(i, 1, 30) for i in range(30)]
+    Path("out.json").rename("out.json.part")
+    whole = json.loads(Path("out.json.part").read_text())
+    del whole["records"][28:]  # the last batch
+    Path("out.json.part").write_text(json.dumps(whole) + "\n")
+    moved.clear()
+    evaluation.main(files + COMPARISON + ["out.json"])
+    assert [i for i, _, _ in moved] == [28, 29]
+
+
 def test_a_killed_comparison_goes_on_where_it_was(files, asked, monkeypatch):
     """Claim: the engine goes away twice and a last line is half written. The same command asks what has no record, and
     its file is, byte by byte, that of a comparison that was never interrupted, samples included. Equal ids are no
