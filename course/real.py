@@ -25,8 +25,8 @@ def origin(checkpoint):
     records = list(read_log(run / "metrics.jsonl"))
     timed = [r[key] for r in records if r["step"] <= int(steps) for key in r if key.startswith("timing_s/")]
     model, _, _, before = origin(config["model"]) if config["model"] else ("tiny", None, 0, 0.0)
-    changes = " no search" * config["no_search"] + " no mask" * config["no_mask"]
-    return model, config["algo"] + changes, int(steps), before + sum(timed) / 3600
+    method = ("r1" if config["no_search"] else config["algo"]) + " no mask" * config["no_mask"]
+    return model, method, int(steps), before + sum(timed) / 3600
 
 
 def rows_of(file):

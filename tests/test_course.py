@@ -645,8 +645,8 @@ def test_an_export_that_cannot_be_is_one_line_and_writes_nothing(here, capsys, f
 
 def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_path, monkeypatch, capsys):
     """Claim: of a checkpoint of a run that began at a run's checkpoint, steps are its own, hours those of both runs up
-    to the checkpoint, the model is the first one, and the method how it was trained, unless it was asked otherwise. A
-    row a number of hops; rows of other models stay, rows of the same one are replaced.
+    to the checkpoint, the model is the first one, and the method how it was trained (r1: without search), unless it was
+    asked otherwise. A row a number of hops; rows of other models stay, rows of the same one are replaced.
     Fails if: origin leaves out `before`, counts the lines after the checkpoint, or rows_of groups by method alone.
     """
     monkeypatch.chdir(tmp_path)
@@ -683,6 +683,9 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
     assert rows[5][5:7] == ["0.000", "1.000"] and capsys.readouterr().out.count("Small-1B") == 10
     real.main(["t.csv", "3.json"])
     assert Path("t.csv").read_text().splitlines()[-1].startswith("Small-1B,rag after grpo no mask,1,1,")
+    Path("b/config.json").write_text(json.dumps(config | {"no_mask": False, "no_search": True}))
+    real.main(["t.csv", "3.json"])
+    assert Path("t.csv").read_text().splitlines()[-1].startswith("Small-1B,rag after r1,1,1,")
     Path("bad.json").write_text("{")
     assert "bad.json was not written by eval.py --json" in refused(lambda: real.main(["t.csv", "bad.json"]), capsys)
 
