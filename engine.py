@@ -24,7 +24,6 @@ from tqdm import tqdm
 from kernels import matmul_fp32
 
 GPU_SLOTS = 64  # conversations in flight on a GPU, where nobody says how many
-CACHE_BYTES = 8 * 2**30  # of keys and values, where nobody says how many slots: beside 3B weights it fits 24 GB
 FEED_TOKENS = 2**14  # rows x columns of one forward pass over long blocks: bounds the memory of prompts and passages
 
 class Mistake(ValueError):

@@ -283,6 +283,7 @@ def evaluate(policy, tokenizer, questions, search, settings, method="search-r1",
 # ----- 4. The comparison: methods x sets, kept batch by batch -----
 
 KEPT = 64  # questions that are answered, and then kept, together: what a killed comparison loses at most
+CACHE_BYTES = 8 * 2**30  # of keys and values at the most: beside the weights of a 3B model this fits 24 GB
 
 def question_sets(specs):
     """--data -> ({name as given: list of Questions}, their files); "all" is the seven sets of the paper."""
@@ -333,7 +334,7 @@ def compare(args, methods, sets, settings, about, load):
     todo = [batch for batch in batches if batch not in done]  # known by its first question
     if todo:
         policy, tokenizer, search = load()
-        most = engine.CACHE_BYTES // engine.slot_bytes(policy, settings.max_length)  # Llama-3.2-3B, 4096 ids: 18
+        most = CACHE_BYTES // engine.slot_bytes(policy, settings.max_length)  # Llama-3.2-3B, 4096 ids: 18
         slots = engine.Slots(policy, max(1, min(KEPT, most)), settings.max_length)
         generator = torch.Generator(policy.get_output_embeddings().weight.device)
     bar = tqdm(initial=len(records), total=len(methods) * sum(map(len, sets.values())), unit=" questions")

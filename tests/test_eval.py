@@ -484,7 +484,7 @@ def test_a_comparison_holds_as_many_conversations_as_its_memory(files, monkeypat
     begin = generation.Slots.__init__
     monkeypatch.setattr(generation.Slots, "__init__", lambda self, *args: made.append(self) or begin(self, *args))
     for room in (3, 2, 0):
-        monkeypatch.setattr(generation, "CACHE_BYTES", room * one + 1)
+        monkeypatch.setattr(evaluation, "CACHE_BYTES", room * one + 1)
         evaluation.main([*files, "--method", "rag", "--json", f"{room}.json"])
         records.append(json.loads(Path(f"{room}.json").read_text())["records"])
         assert len(made[-1].lengths) == max(1, room)
