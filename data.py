@@ -28,6 +28,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from filelock import FileLock
 from huggingface_hub.errors import HTTPError
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tqdm import tqdm
@@ -126,13 +127,11 @@ def _questions(facts, rng, part):
     return questions
 
 def two_hop_share(record):
-    """Metrics of the last step -> share of two-hop questions in the next one. There are two traps: one search at every
-    question, and two. A policy that cannot yet tell both kinds apart drifts as a whole to the number that pays more
-    just then, and soon it never tries the other one. So the share leans against the drift: three in four while it
-    searches 1.5 times (the mean of both kinds), more if it searches less, fewer if it searches more. The latter less,
-    the further one-hop questions are ahead: then a second search does them no harm, and two-hop questions are what is
-    left to learn. As the kinds are told apart, by one search in the end, the share falls by a quarter, since one-hop
-    questions need practice, too (LOG.md, 28, 29, 31 and 32)."""
+    """Metrics of the last step -> share of two-hop questions in the next one. A policy that cannot yet tell both kinds
+    apart drifts to one search for every question, or to two, and then never tries the other number. The share works
+    against that: 0.75 at 1.5 searches a question (the mean of both kinds), higher below 1.5, lower above it. It is
+    lowered less if one-hop questions have the better EM, since a second search does not hurt them then. It also falls
+    by 0.25 as the policy learns to search once more for two hops (LOG.md, 28, 29, 31 and 32)."""
     one, two = (record.get(f"env/searches_{hops}hop", 1.5) for hops in (1, 2))
     lean = 1.5 - (one + two) / 2
     if lean < 0:
@@ -265,7 +264,7 @@ class BaseConfig:
 def _batch(tokenizer, episodes, context_weight):
     """Episodes -> ids_BL, positions_BL, weights_BL: 1 on what the policy wrote, context_weight on the rest, 0 on
     padding (right) and where an episode begins. Short episodes share a row, which leaves less padding. Positions start
-    again at 0 with each of them, and by that transformers keeps attention within the episode."""
+    again at 0 with each of them; that is how transformers knows to keep attention within an episode."""
     encoded = iter(tokenizer([text for e in episodes for text, _ in e], add_special_tokens=False)["input_ids"])
     packed = []  # rows of (id, position, weight)
     for tokens in sorted(([(i, own) for _, own in e for i in next(encoded)] for e in episodes), key=len, reverse=True):
@@ -354,7 +353,7 @@ def fetch(repo, file, place, kind="dataset"):
     """File of a hub repository -> `place`, or its path in the hub's cache, downloaded if need be. Mistake if not."""
     if place.exists():
         return place
-    # By hand: hf_hub_url raises for a mistyped path, which is no name of a repository.
+    # Not by hf_hub_url, which raises for a mistyped path, since that is no valid name of a repository.
     url = f"{huggingface_hub.constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}/resolve/main/{file}"
     try:
         found = huggingface_hub.try_to_load_from_cache(repo, file, repo_type=kind)
@@ -404,7 +403,7 @@ def load_questions(path):
     return questions
 
 def fixed_sample(questions, limit):
-    """The same `limit` questions at every call (0: all). Where hops are known, equally many of each number of hops."""
+    """At most `limit` questions (0: all), the same at every call, and as many of one number of hops as of another."""
     if not limit or limit >= len(questions):
         return list(questions)
     kinds, rng, picked = sorted({q.hops for q in questions}), random.Random("sample 0"), []
@@ -440,8 +439,8 @@ def contexts_corpus(files, folder):
             bare = True
             for number, _, line in numbered_lines(file):
                 try:
-                    found = paragraphs(json.loads(line))
-                except (ValueError, TypeError, AttributeError, KeyError) as error:
+                    found = [whole_characters(contents) for contents in paragraphs(json.loads(line))]
+                except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
                     raise Mistake(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
                 bare = bare and not found
                 for contents in found:
@@ -462,19 +461,21 @@ def resolve_corpus(spec, files, encoder="hashed", folder="outputs/corpora"):
     encoder = encoder if name == spec else "bm25"
     if name == "contexts" and not files:
         raise Mistake("--corpus contexts is made of the questions' paragraphs: give a question file, too (--data)")
-    corpus = contexts_corpus(files, folder) if name == "contexts" else DOWNLOADS / "wiki18" / "wiki-18.jsonl"
-    output = Path(folder) / f"{corpus.stem}-{encoder.strip('/').replace('/', '--')}"
-    if not (output / "manifest.json").exists():
-        if not corpus.exists():  # wiki18, packed
-            corpus = fetch("PeterJinGo/wiki-18-corpus", "wiki-18.jsonl.gz", corpus.with_name("wiki-18.jsonl.gz"))
-            print(f"unpacking {corpus}: 14 GB")
-        build(corpus, output, {"encoder": encoder}, "Flat" if name == "contexts" else "IVF-SQ8")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(folder) / ".lock"):  # two runs that begin together: the second waits for the first one's index
+        corpus = contexts_corpus(files, folder) if name == "contexts" else DOWNLOADS / "wiki18" / "wiki-18.jsonl"
+        output = Path(folder) / f"{corpus.stem}-{encoder.strip('/').replace('/', '--')}"
+        if not (output / "manifest.json").exists():
+            if not corpus.exists():  # wiki18, packed
+                corpus = fetch("PeterJinGo/wiki-18-corpus", "wiki-18.jsonl.gz", corpus.with_name("wiki-18.jsonl.gz"))
+                print(f"unpacking {corpus}: 14 GB")
+            build(corpus, output, {"encoder": encoder}, "Flat" if name == "contexts" else "IVF-SQ8")
     return f"bm25:{output}" if encoder == "bm25" else str(output)
 
 # ----- 4. Checkpoints, and what a user can get wrong -----
 
 class Parser(argparse.ArgumentParser):
-    """argparse prints a page of usage above its error. This one leaves the page out."""
+    """An ArgumentParser whose error is one line, without the page of usage above it."""
 
     def error(self, message):
         raise Mistake(f"{message} (--help lists the flags)")
@@ -492,8 +493,8 @@ def run_main(main):
 DTYPES = ("auto", "bf16", "fp32")  # --dtype
 
 def weights_dtype(wish, device):
-    """--dtype and device -> torch dtype. "auto" is bf16 on a GPU that computes in it, else fp32: fp16, which a T4 has,
-    has no room for small gradients, and scaling them is machinery that we do without."""
+    """--dtype and device -> torch dtype. "auto" is bf16 on a GPU that computes in it, else fp32. A T4 has only fp16, in
+    which small gradients become 0 unless the loss is scaled, and that we leave out."""
     on_card = str(device).startswith("cuda")
     has_bf16 = not on_card or torch.cuda.is_bf16_supported(including_emulation=False)
     if on_card and wish != "fp32" and not has_bf16:
@@ -509,8 +510,7 @@ def newest(path):
     return str(max(Path(path).glob("checkpoint-[0-9]*"), key=step_of, default=path))
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
-    """Folder, hub id or GGUF file of a causal LM -> (policy, tokenizer). Mistake if there is none, or its head is not
-    linear."""
+    """Folder, hub id or GGUF file of a causal LM with a linear head -> (policy, tokenizer). Mistake if it is none."""
     packed = Path(path).suffix == ".gguf"
     if Path(path).exists() and not packed and not (Path(path) / "config.json").exists():
         raise Mistake(f"{path} holds no model (no config.json); give a folder like outputs/run-1")
@@ -527,7 +527,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
     if packed:  # its weights are unpacked now, but transformers would refuse to save a model that came from such a file
         config, state = policy.config, policy.state_dict()
         config.__dict__.pop("quantization_config", None)
-        policy = type(policy)(config).to(dtype)
+        policy = type(policy)(config).to(policy.dtype)
         policy.load_state_dict(state)
     policy = policy.to(device).eval()
     # Rollout and training compute logits as head(hidden). A model that scales or caps its logits is another policy.
@@ -548,9 +548,8 @@ def load_settings(checkpoint, real=False):
     return settings, about | {"method": "search-r1" if settings.do_search else "r1"} | saved
 
 def task(world_seed, corpus=None, questions=None, split="eval", encoder="hashed", others=(), device=None):
-    """-> (questions, search engine, World or None). Without a corpus: the held-out questions of the tiny world. With
-    one: real questions (a file, or sets by name, of which `split`). others: more question files for `contexts`. device:
-    where the engine may encode and search."""
+    """-> (questions, search engine, World or None). Without a corpus: the tiny world's held-out questions. With one:
+    those of a file, or of `split` of named sets. others: more question files for `contexts`; device: of the engine."""
     if not corpus:
         world = make_world(world_seed)
         return world.test, build_index(world.passages), world

@@ -32,7 +32,7 @@ class Mistake(ValueError):
 # ----- 1. Keys and values -----
 
 def slot_bytes(policy, max_length):
-    """What the keys and values of one conversation take at the most."""
+    """Bytes that the keys and values of one conversation take at most."""
     c = policy.config
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
@@ -43,11 +43,12 @@ class Slots:
     Whatever lies beyond is left over from an earlier row. It is never visible, since a query at position p sees keys
     0..p only, and it is overwritten when the row grows. The last column takes what padding writes.
 
-    On a GPU buffers have their final size at once: graphs replay over fixed addresses. Elsewhere they grow to it.
+    On a GPU buffers have their full size from the start: graphs replay over fixed addresses. Elsewhere they grow.
 
     PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
     keys with new weights, and nothing complains. So `run` empties all slots first. Buffers and graphs stay: the
-    optimiser changes weights in place, and a graph reads addresses. A replaced parameter would go unseen."""
+    optimiser changes weights in place, and a graph reads addresses. It would miss a parameter that became a new
+    tensor."""
 
     def __init__(self, policy, slots, max_length, static=None, graphs=True):
         self.device = policy.get_output_embeddings().weight.device
@@ -67,8 +68,8 @@ class Slots:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
     def place(self, rows, blocks):
-        """Slots `rows` are about to get a list of ids each -> (these ids, padded to the longest, [n, T]; the place of
-        each one's last id in it, [n]; the Block that says where they go)."""
+        """Append blocks[i], a list of ids, to slot rows[i] -> (ids padded to the longest block, [n, T]; the index of
+        each row's last id among them, [n]; the Block that says where they are written)."""
         T, width = max(map(len, blocks)), max(self.lengths[row] + len(block) for row, block in zip(rows, blocks))
         if not self.static and self.capacity <= width:
             self.capacity = min(self.most, width + width // 2 + 16)
@@ -320,11 +321,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
 
     Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
     rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
-    side changes nothing but last bits: the draw that picks a token belongs to its conversation and position.
-
-    The tail decides how long this takes: once the queue is empty nobody takes a free slot, yet every token still reads
-    all weights. Of 80 conversations over 64 slots, 24 are in flight on average [tests/bench_slots.py]. Nothing simple
-    helps: nobody knows in advance which are long; those of the next step, begun early, come from an older policy."""
+    side changes nothing but last bits: the draw that picks a token belongs to its conversation and position."""
     if not conversations:
         return
     device, B = policy.get_output_embeddings().weight.device, len(conversations)

@@ -1,7 +1,7 @@
 """Evaluation: the methods of the paper's Table 2 side by side, a conversation while it is held, the curves of a run.
 
-Decoding is greedy unless asked otherwise. [The official script asks for greedy and loses the flag on the way.] Every
-question counts. [The official loader drops the last, incomplete batch.] One-hop and two-hop questions are told apart.
+Decoding is greedy unless asked otherwise. [The official script sets a flag for it, which never reaches the sampler.]
+Every question counts. [The official loader drops the last, incomplete batch.] Hops are also reported separately.
 
     1. metrics            scores_of, mean_scores, bootstrap_interval
     2. METHODS            the rows of Table 2, a conversation each: a generator, as searchr1.converse
@@ -12,7 +12,7 @@ question counts. [The official loader drops the last, incomplete batch.] One-hop
 
 Departures from the paper (the official repository has no code for its baselines):
   [D15] The paper prints no prompt for these baselines; ours follow its style: the question in the official form, the
-        answer in the official tags. The first tag is put into the model's mouth, so that all answers are read alike.
+        answer in the official tags. The prompt ends with the first tag, so that all answers are parsed alike.
   [D16] Search-o1: the call that reads the passages sees them and the query, not the thoughts so far.
 
     python eval.py --checkpoint outputs/run-1                                all held-out questions of its world
@@ -80,10 +80,9 @@ def bootstrap_interval(values, samples=2000, seed=0):
     return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 # ----- 2. The methods of the paper's Table 2 (Sec. 4) -----
-# A method is a conversation: method(r, tokenizer, settings, ends) is a generator over an empty Rollout r that carries
-# its question. As in searchr1.converse, it yields a str to search, or None for the next token of r. It may also yield
-# another Rollout, whose next token it wants. At its end r is the record of all calls of the model: what was put before
-# the model has mask False. The prompts are ours [D15].
+# A method is a generator over an empty Rollout r that holds its question: method(r, tokenizer, settings, ends). Like
+# searchr1.converse it yields a str to search for, or None for the next token of r. It may also yield another Rollout,
+# to get that one's next token. In the end r records all calls of the model; prompts (ours [D15]) have mask False.
 
 THE_ANSWER = ("the answer and nothing else inside <answer> and </answer>, for example <answer> Beijing </answer>. "
               "Question: {question}")  # fmt: skip
@@ -104,10 +103,9 @@ SAYS_ANSWER = "So the answer is:"
 PASSAGES = "@@passages@@"  # stands in a prompt where passages will
 
 def reading_ids(question, tokenizer, template, start="", passages=(), settings=Settings(), searches=1):
-    """A question in a template of {question}, and maybe {context} -> ids of the prompt, and of `start`, the first words
-    of the model's own message, put into its mouth. Passages are encoded on their own, as in a conversation: what they
-    say stays text, even where it spells a special token. They get as many tokens as a conversation would show after so
-    many searches, as long as there is room for an answer."""
+    """A question in a template of {question} and maybe {context} -> ids of the prompt and of `start`, with which the
+    model's message begins. Passages are encoded separately, so that a special token spelled in them stays text. They
+    get as many tokens as a conversation shows after so many searches, or fewer, to leave room for an answer."""
     plain = not getattr(tokenizer, "chat_template", None)  # [D13]
     text = make_prompt(question, tokenizer, template=template, context=PASSAGES) + start
     if "{context}" not in template:
@@ -142,8 +140,7 @@ def complete(r, ids, tag, tokenizer, settings, ends):
     return call
 
 def written_ids(call, tag, tokenizer, ends):
-    """What the model wrote in a call, for a later call to go on from: the very ids that were sampled, without an end of
-    sequence, and with `tag` if it is missing."""
+    """The ids that were sampled in a call, for a later call to continue: no end of sequence, and always with `tag`."""
     ids = [i for i in call.ids[call.prompt_length :] if i not in ends]
     return ids if tag in tokenizer.decode(ids) else ids + text_ids(tag, tokenizer)
 
@@ -166,7 +163,6 @@ def join(r, calls):
 
 def direct(r, tokenizer, settings, ends):
     """The answer at once, from what the weights know."""
-    r.found = [None]
     yield from finish(r, [], direct_ids(r.question.text, tokenizer), tokenizer, settings, ends)
 
 def cot(r, tokenizer, settings, ends):
@@ -178,7 +174,6 @@ def cot(r, tokenizer, settings, ends):
         yield from finish(r, [thought], prompt, tokenizer, settings, ends)
     else:  # the thought took all the room
         join(r, [thought])
-    r.found = [None] * len(r.turns)
 
 def ircot(r, tokenizer, settings, ends):
     """[Trivedi et al. 2023] Interleaved retrieval and chain of thought: each thought is the next query, and its
@@ -205,10 +200,9 @@ def ircot(r, tokenizer, settings, ends):
     yield from finish(r, calls, prompt, tokenizer, settings, ends)
 
 def search_o1(r, tokenizer, settings, ends):
-    """[Li et al. 2025] Search-R1's conversation without its training, in which the model never reads a raw passage. For
-    each query a call apart reads the passages, and the note that it writes (the paper's Reason-in-Documents) is the one
-    passage that comes back [D16]. In the record `found` has the raw passages; ids and turns have the notes behind the
-    conversation."""
+    """[Li et al. 2025] Search-R1's conversation without its training, in which the model never reads a raw passage. A
+    separate call reads what a query found and writes a note (the paper's Reason-in-Documents), which comes back as the
+    only passage [D16]. `found` holds the raw passages; ids and turns of the notes follow those of the conversation."""
     conversation, notes, raw, given = search_r1(r, tokenizer, settings, ends), [], [], None
     while True:
         try:
@@ -226,8 +220,7 @@ def search_o1(r, tokenizer, settings, ends):
     join(r, notes)
 
 def rag(r, tokenizer, settings, ends):
-    """[Lewis et al. 2020] Retrieval-augmented generation: one search with the question, then the answer, without
-    reasoning, like FlashRAG's naive RAG."""
+    """[Lewis et al. 2020] RAG, as FlashRAG's naive RAG: one search with the question, then the answer at once."""
     r.searches, r.found = [r.question.text], [(yield r.question.text)]
     prompt = reading_ids(r.question.text, tokenizer, RAG, "<answer>", r.found[0], settings)
     yield from finish(r, [], prompt, tokenizer, settings, ends)
@@ -251,7 +244,7 @@ WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write i
 
 # ----- 3. A method over many questions -----
 
-BATCH = 256  # questions that are answered together
+CPU_SLOTS = 256  # conversations in flight on a CPU
 
 def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None,
            bar=None):  # fmt: skip
@@ -272,12 +265,10 @@ def answer(policy, tokenizer, questions, search, settings, method, temperature=0
 def evaluate(policy, tokenizer, questions, search, settings, method="search-r1", temperature=0.0, generator=None,
              slots=None):  # fmt: skip
     """Answer every Question once -> (metrics as in mean_scores, Rollouts in the order of the questions)."""
-    most, rollouts = engine.GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else BATCH, []
-    slots = slots or engine.Slots(policy, min(len(questions), most), settings.max_length)
+    most = engine.GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else CPU_SLOTS
+    slots = slots or min(len(questions), most)
     with tqdm(total=len(questions), desc="evaluation", leave=False, delay=5) as bar:  # shown after 5 s
-        for at in range(0, len(questions), BATCH):
-            how = settings, method, temperature, generator, slots, bar
-            rollouts += answer(policy, tokenizer, questions[at : at + BATCH], search, *how)
+        rollouts = answer(policy, tokenizer, questions, search, settings, method, temperature, generator, slots, bar)
     return mean_scores([scores_of(r, method) for r in rollouts], [q.hops for q in questions]), rollouts
 
 # ----- 4. The comparison: methods x sets, kept batch by batch -----
@@ -407,16 +398,17 @@ CURVES = [  # title, metric, unit; a panel each, if there are points
 LOOKS = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # so that a print without colours tells runs apart
 
 def read_runs(folders):
-    """Folders of runs -> {name of the run: its records, dicts with a step}."""
+    """Folders of runs -> {name of the run (its path if the name is taken): its records, dicts with a step}."""
     runs = {}
     for folder in map(Path, folders):
         if not (folder / "metrics.jsonl").exists():
             raise Mistake(f"{folder} is not the folder of a run: it has no metrics.jsonl")
-        runs[folder.name] = list(read_log(folder / "metrics.jsonl"))
+        name = folder.absolute().name
+        runs[str(folder) if name in runs else name] = list(read_log(folder / "metrics.jsonl"))
     return runs
 
 def read_log(file):
-    """Yield the records of JSON lines, without half a line at the end: its process writes just now, or was killed."""
+    """Yield the records of JSON lines. Half a line at the end is left out: the run is writing it, or was killed."""
     with open(file) as lines:  # one by one: the log of a long run takes megabytes
         yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
@@ -431,8 +423,7 @@ def curve(members, name):
     return [(step, sum(here) / len(here), min(here), max(here)) for step, here in zip(steps, at)]
 
 def plot_runs(runs, path, curves=CURVES):
-    """Draw {name: records} into one PNG or PDF. Runs named "x, seed 0", "x, seed 1" are one line, their mean, in a band
-    from the lowest to the highest."""
+    """Draw {name: records}. Runs "x, seed 0", "x, seed 1" are one line: the mean, in a band from lowest to highest."""
     from matplotlib.figure import Figure
 
     groups = {}
@@ -503,7 +494,7 @@ def ask(policy, tokenizer, question, search, settings, temperature=0.0, generato
 
 def chat(policy, tokenizer, search, settings, temperature=0.0, generator=None):
     """Ask for questions until an empty line, "exit", Ctrl-D or Ctrl-C. Each is a conversation of its own: the method
-    has no history, a question that says "he" is about nobody."""
+    has no history, so "he" in a question cannot refer to an earlier one."""
     slots = engine.Slots(policy, 1, settings.max_length)
     try:
         while (question := input("question> ").strip()) not in ("", "exit"):
@@ -540,6 +531,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not args.checkpoint and not args.plot:
         raise Mistake("give --checkpoint DIR (a folder that train.py wrote) or --plot RUN")
+    if args.plot and not args.output.endswith((".png", ".pdf", ".svg")):
+        raise Mistake(f"--output {args.output}: a picture ends in .png, .pdf or .svg")
     if min(args.temperature, args.limit, args.top_k) < 0:
         raise Mistake("--temperature, --limit and --top-k cannot be negative")
     if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):

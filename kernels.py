@@ -3,7 +3,7 @@
 The losses [Eq. 2, Eq. 3] ask for log pi(a), the entropy of pi and the KL to the reference at each response token. All
 three are functions of one row of logits x_1..x_V. With a real model these rows fill the memory, not the weights: one
 fp32 copy of 8192 rows over Qwen's vocabulary takes 8192 * 151936 * 4 bytes = 4.6 GiB, and the usual expression
-(`log_softmax`, `gather`, autograd) holds three at its peak. Yet the mask throws more than half of the rows away.
+(`log_softmax`, `gather`, autograd) holds three at its peak. And more than half of these rows are masked out anyway.
 
 This file (1) drops masked rows BEFORE it multiplies by the lm_head, (2) walks over the vocabulary in slices and keeps
 running statistics of each row, so that no [N, V] tensor ever exists, and (3) computes the gradient from a closed
@@ -328,8 +328,7 @@ class RowsToLogprob(torch.autograd.Function):
         if ref_rows is not None:
             b = b + g_kl * (kl + torch.log(s) - torch.log(sy))
         numbers = torch.stack([m, torch.log(s), b, g_logp, g_entropy, my, g_kl])
-        # Skip a row whose upstream gradients are all 0. Skip a slice that holds at most tau of a row's probability, but
-        # not the target's slice: its 1[j=a] counts however small p_a is.
+        # Rows without upstream gradient are skipped, and slices of probability <= tau, except the target's (1[j=a]).
         wanted_n = (g_logp != 0) | (g_entropy != 0) | (g_kl != 0)
         own_Kn = target_n // chunk == torch.arange(len(starts), device=rows.device)[:, None]
         live_Kn = wanted_n & ((mass_Kn > tau) | own_Kn)

@@ -38,7 +38,8 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -47,7 +48,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from engine import FEED_TOKENS, Mistake, slot_bytes
 from kernels import default_chunk, fused_logprob_kl
 from searchr1 import Critic
-
 
 # ----- 1. Presets: what fits on one card -----
 # A preset is a dict of flags that differ from train.py's defaults, which are the tiny world's. `NAME/ALGO` is what
@@ -204,8 +204,7 @@ def role(model, name):
             layer.role = Adapted.role
 
 def trained(model, name):
-    """The parameters that role `name` trains, {name: parameter}: all of a full model; of an adapted one the role's own
-    adapters, and the critic's head."""
+    """What role `name` trains, {key: parameter}: all of a full model, or the role's adapters and the critic's head."""
     other = {"policy": ".critic", "critic": ".policy"}[name]
     return {key: p for key, p in model.named_parameters() if p.requires_grad and not key.endswith(other)}
 
@@ -259,7 +258,7 @@ class Models:
     optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer | None
     updates: int = 0  # optimiser steps of the update in progress, counted as they begin
-    broken: int = 0  # gradients in a row that were not finite
+    broken: Counter = field(default_factory=Counter)  # role -> gradients in a row that were not finite
 
     def learners(self):
         """(role, network, its optimiser) of what is trained."""
@@ -356,8 +355,8 @@ def predict_memory(policy, config, search_bytes=0):
     kept = len(learning) * (e * D if config.gradient_checkpointing else layer) + D * norm  # the last norm's
     once = layer * config.gradient_checkpointing + e * (3 * I + 2 * D)
     tokens = max(config.micro_batch_tokens, config.max_length)  # of a micro-batch: at least one row
-    # kernels.py, all rows active: a slice of fp32 logits and its gradient in e (the PyTorch twin: four slices); rows,
-    # and the active ones of them, in e; their gradient in fp32 and in e.
+    # kernels.py with no row masked: one slice of logits in fp32 and its gradient in e (the twin holds four in fp32);
+    # the hidden states in e, twice (all, and the active ones); their gradient, once in fp32 and once in e.
     one_slice = 4 * tokens * default_chunk(tokens, V, device)
     logits = one_slice * (1 + e / 4 if on_card else 4) + tokens * D * (4 + 3 * e)
     logits += tokens * D * e * (config.kl_in == "loss" and config.kl_coef > 0)  # the reference's hidden states
@@ -408,8 +407,8 @@ def memory_table(memory):
     return "\n".join(["memory, predicted:", *lines, f"  {'at the most':20}{size(peak):>12}   ({moment})"])
 
 class Costs:
-    """What each phase of a step takes: seconds, and on a GPU memory in GiB, the most that tensors held in a phase and
-    the most that the card had lent to anybody at the end of one."""
+    """What each phase of a step takes: seconds, and on a GPU GiB of memory: the peak of tensors in each phase, and the
+    most of the card that was in use, by whatever program, at the end of a phase ("card")."""
 
     def __init__(self, device):
         self.device, self.metrics, self.seconds, self.began = device, {}, 0.0, time.perf_counter()

@@ -6,7 +6,7 @@ scores and no gradient flows through it, so any engine fits behind one call:
     search(queries: list[str], top_k: int) -> list[list[Passage]]        one list a query, best passage first
 
 The smallest engine needs no model and is built in memory in a second: hashed word vectors in a flat FAISS index
-(build_index; the tiny world uses it). The same file scales to the 21 million passages of the paper.
+(build_index; the tiny world uses it). The larger engines below serve the 21 million passages of the paper.
 
     1. passages     PassageFile                          rows of a file, read from disk on demand
     2. encoders     HashedEncoder, TransformerEncoder    text -> unit vector
@@ -35,6 +35,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -157,7 +158,7 @@ def unpacked(path):
                 archive = tarfile.open(fileobj=source, mode="r|")
                 source = next((archive.extractfile(member) for member in archive if member.isfile()), source)
             shutil.copyfileobj(source, target, 2**20)
-    except (gzip.BadGzipFile, EOFError, tarfile.ReadError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.ReadError) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error})") from None
     return plain
 
@@ -469,7 +470,10 @@ def load_engine(folder, bm25=False, device=None):
     if bm25 or manifest["encoder"] == "bm25":
         return SearchEngine(passages, BM25(passages, folder / "bm25.npz"))
     encoder = make_encoder(manifest["encoder"], passages, folder / "words.json", device)
-    index = faiss.read_index(str(folder / "index.faiss"))
+    try:
+        index = faiss.read_index(str(folder / "index.faiss"))
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: index.faiss cannot be read, build again: {str(error).splitlines()[-1]}") from None
     if (index.ntotal, index.d) != (len(passages), encoder.dim):
         raise ValueError(f"{folder}: index.faiss holds {index.ntotal} x {index.d}, not {len(passages)} x {encoder.dim}")
     if not np.allclose(encoder.encode_queries([PROBE])[0, :8], manifest["probe"], atol=0.01):
@@ -491,7 +495,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """{"queries": [str], "topk": int, "return_scores": bool} -> {"result": one list a query}, or {"error": why}."""
-        length = self.headers.get("Content-Length", "")[:9]  # nine digits are too many already
+        length = self.headers.get("Content-Length", "")[:9]  # int() refuses long numbers; nine digits exceed MAX_BODY
         if self.path != "/retrieve":
             return self.reply(404, error="only POST /retrieve is answered")
         if not length.isdecimal() or int(length) > MAX_BODY:
@@ -558,7 +562,9 @@ class HttpEngine(SearchEngine):
                     answer = json.load(response)
                 break
             except urllib.error.HTTPError as error:
-                trouble = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
+                trouble = f"HTTP {error.code}"
+                with contextlib.suppress(OSError, http.client.HTTPException):  # its reason may never arrive
+                    trouble += " " + error.read(300).decode(errors="replace").strip()
                 if error.code < 500:
                     raise SearchFailed(f"{url} refuses the request: {trouble}") from None
             # Refused, timed out; cut off; no JSON, or JSON that is nested too deeply.

@@ -26,8 +26,8 @@ Departures from the paper (P) and the official code (C), tagged where they happe
   [D4] C  An end-of-sequence token that was sampled stays, as a trained token. The official code strips it.
   [D5] C  When the length budget is spent, the episode ends. The official code drops the beginning of the prompt.
   [D6] C  Passages are cut to their budget, the closing tag never. The official code cuts the whole block.
-  [D7] P  The loss is the mean over all tokens of the minibatch, as in the official code. Eq. 3 averages within each
-          rollout first, which gives a token of a short rollout more weight.
+  [D7] P,C The loss is the mean over all tokens of the minibatch. Eq. 3 averages within each rollout first, which gives
+          a token of a short rollout more weight; the official code averages within each micro-batch first.
   [D8] C  An answer that normalises to nothing ("The", "...") earns nothing, even if a gold answer does so too.
   [D13] C Without a chat template (Llama 3.2 base) the prompt begins with the tokenizer's start-of-sequence token, which
           the model has always seen first. The official code leaves it out.
@@ -110,7 +110,7 @@ def format_information(passages):
     """list[Passage] -> the official observation text. No passage gives an empty pair of tags."""
     return f"\n\n<information>{format_passages(passages)}</information>\n\n"
 
-# PAPER vs CODE: Algorithm 1 tells an invalid turn the short sentence, the official code the long one.
+# PAPER vs CODE: after an invalid turn, Algorithm 1 appends the short sentence, the official code the long one.
 RETHINK = "\nMy action is not correct. Let me rethink.\n"
 INVALID_ACTION = ("\nMy previous action is invalid. If I want to search, I should put the query between <search> and "
                   "</search>. If I want to give the final answer, I should put the answer between <answer> and "
@@ -133,8 +133,8 @@ INVALID_MESSAGES = {"paper": RETHINK, "official": INVALID_ACTION}
 
 @dataclass(frozen=True)
 class Settings:
-    """How a conversation runs; the defaults are the paper's. Saved with every checkpoint, since a policy that was
-    trained with three passages and fourteen tokens a turn is another policy with five and forty."""
+    """How a conversation runs; the defaults are the paper's. Saved with every checkpoint, because a policy trained with
+    three passages and fourteen tokens a turn behaves differently with five passages and forty tokens."""
 
     max_turns: int = 4  # turns that may search, the paper's budget; then one more that cannot, as in the official code
     max_new_tokens: int = 500  # tokens of a turn
@@ -166,15 +166,15 @@ class Rollout:
         return len(self.searches)
 
     def append(self, ids, logprobs=None):
-        """Tokens enter here and nowhere else, each with its bit of the mask: sampled ones bring log-probs along."""
+        """Add tokens of a conversation, each with its bit of the mask. Only sampled tokens come with log-probs."""
         self.ids += ids
         self.response_mask += [logprobs is not None] * len(ids)
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
 
 def converse(r, tokenizer, settings, ends=None):
-    """[Algorithm 1] Hold the conversation of Rollout r, which holds its prompt. A generator: it yields what it wants.
-    None is a wish for the next token and is answered with (token, log-prob). A str is a query, answered with passages.
-    ends: ids that end a sequence; None: the tokenizer's. Who drives it: `rollout`, the demonstration below, a test."""
+    """[Algorithm 1] Hold the conversation of Rollout r, whose prompt is already in it. A generator: it yields None to
+    get the next (token, log-prob), and a str, the query, to get passages. `rollout`, the demonstration below and tests
+    drive it. ends: ids that end a sequence; None: the tokenizer's."""
     ends = ends or {tokenizer.eos_token_id}
     max_turns = settings.max_turns if settings.do_search else 0
     for b in range(max_turns + 1):  # l. 1, l. 2, l. 10; and one more turn, which cannot search
@@ -230,7 +230,7 @@ def prompt_ids(question, tokenizer, settings):
     text = question if isinstance(question, str) else question.text
     # A chat template spells its special tokens out. Without one the tokenizer adds what its model expects first [D13].
     plain = not getattr(tokenizer, "chat_template", None)
-    template = PROMPTS.get(settings.prompt, settings.prompt)
+    template = PROMPTS.get(settings.prompt, settings.prompt) if settings.do_search else None
     return tokenizer(make_prompt(text, tokenizer, settings.do_search, template), add_special_tokens=plain)["input_ids"]
 
 def begin(question, ids, settings):
@@ -305,10 +305,8 @@ class Batch:
         """The rows in `index` (long tensor) as a Batch of their own, cut to the longest of them."""
         L = int(self.lengths_B[index].max())
         cut = lambda x_BT: None if x_BT is None else x_BT[index, : L - 1]
-        return Batch(
-            self.ids_BL[index, :L], cut(self.mask_BT), cut(self.old_logprobs_BT), self.lengths_B[index],
-            cut(self.ref_logprobs_BT), cut(self.advantages_BT), cut(self.values_BT), cut(self.returns_BT),
-        )  # fmt: skip
+        return Batch(self.ids_BL[index, :L], cut(self.mask_BT), cut(self.old_logprobs_BT), self.lengths_B[index],
+                     cut(self.ref_logprobs_BT), cut(self.advantages_BT), cut(self.values_BT), cut(self.returns_BT))
 
 def collate(rollouts, device="cpu", mask_retrieved=True):
     """list of B Rollouts -> Batch. Here, once, L positions become T = L-1 predictions: token t+1 is scored at t.
@@ -343,7 +341,7 @@ def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0, ref_hidden_BTD=None
 
 class Critic(torch.nn.Module):
     """V(s_t) for PPO: a copy of the policy's body, as in the official code, and one linear row that starts at 0.
-    body: share this one instead of making a copy. The row is always fp32: after 0.5 the next bf16 number is 0.504."""
+    body: share this one instead of making a copy. The row is always fp32: bf16 would round small updates away."""
 
     def __init__(self, policy, body=None):
         super().__init__()
@@ -470,9 +468,11 @@ def check_format(response):
 
 def policy_view(rollout):
     """The response with every block of passages emptied. The format is checked on this, so that a passage that was cut
-    or holds tags can neither spoil nor forge the policy's format."""
-    blocks = ["" if passages is None else "<information></information>" for passages in rollout.found]
-    return "".join(text + block for text, block in zip(rollout.turns, blocks))
+    or holds tags can neither spoil nor forge the policy's format. What follows an invalid turn does spoil it, as in the
+    official code."""
+    shown = rollout.found[:-1]  # nothing follows the last turn
+    blocks = [INVALID_ACTION if passages is None else "<information></information>" for passages in shown]
+    return "".join(text + block for text, block in zip(rollout.turns, [*blocks, ""]))
 
 def format_reward(rollout, gold_answers, structure=0.2, final=0.1, retrieval=0.0):
     """The shaped reward of the second paper, in [0, 1], with the values of the official v0.3 scripts: `structure` is
@@ -496,8 +496,8 @@ def holds_gold(passages, gold_answers):
 
 COLOURS = {"think": "36", "search": "33", "information": "2", "answer": "32"}
 TAGGED = re.compile(r"<(think|search|answer)>.*?(</\1>|\Z)", re.DOTALL)
-# PITFALL: anybody may have written a retrieved text. Its escape codes (C0, C1) could command the terminal, its
-# direction marks reverse a line. One character is replaced by one, so that positions stay.
+# PITFALL: anybody may have written a retrieved text. Its escape codes (C0, C1) could control the terminal, and its
+# direction marks could reverse a line. Each is replaced by exactly one character, so that positions stay the same.
 HARMLESS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
 HARMLESS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
@@ -533,7 +533,7 @@ def transcript(r, tokenizer, colour=False):
     return "".join(paint(text.translate(HARMLESS), own) if colour else text for text, own, _ in parts(r, tokenizer))
 
 class ByteTokenizer:
-    """One token a byte, so that every tag is many tokens; 256 ends a sequence. As much of a tokenizer as this needs."""
+    """One token a byte, so that every tag is many tokens; 256 ends a sequence. It is for demonstration and tests."""
 
     eos_token_id, chat_template = 256, None
 

@@ -20,8 +20,8 @@ Departures, besides those of searchr1.py and models.py (P: from the paper, C: fr
            world a run ends with a cooldown, in which the rate falls to a tenth. It begins when nearly all answers are
            right, since some seeds need twice as many steps as others (LOG.md, 33).
   [D12] C  No entropy bonus unless asked for; the official default is 0.001.
-  [D17] P  Rejection sampling draws its five samples a question step by step, always from the frozen base model, and
-           not all of them before it begins. In one pass over the questions that is the same.
+  [D17] P  Rejection sampling draws the five samples of a question in the step that trains on them, always from the
+           frozen base model. The paper draws all of them beforehand; in one pass over the questions that is the same.
 """
 
 import argparse
@@ -81,7 +81,7 @@ class Config:
     device: str = flag("auto", "auto (cuda, else cpu), cpu, cuda or mps")
     dtype: str = flag("auto", "of weights and activations: bf16, fp32, or auto (bf16 with --model on cuda)")
     lora_rank: int = flag(0, "rank of the adapters on one frozen base; 0: full fine-tuning, as in the paper")
-    lora_layers: int = flag(0, "only the so many highest layers get adapters, which is faster; 0: all")
+    lora_layers: int = flag(0, "only this many layers, the highest, get adapters, which is faster; 0: all")
     lora_alpha: float = flag(32.0, "an adapter's change counts alpha / rank times")
     gradient_checkpointing: bool = flag(False, "repeat a layer's forward pass in the backward pass; official code: yes")
     slots: int = flag(0, "rollouts in flight at once; bounds memory; 0: all of a step")
@@ -146,7 +146,6 @@ class Config:
         return self.algo if self.algo in ("sft", "rejection") else "r1" if self.no_search else "search-r1"
 
 FINE_TUNING = ("sft", "rejection", "format")  # these imitate; all others learn from a reward
-SHOWN = ("sft", "format")  # these imitate what nobody samples
 
 # ----- 2. The loop -----
 
@@ -224,8 +223,9 @@ def train(config, policy, task):
 
 def writer(models, task, config):
     """-> (Slots of the policy; phase 2: write(questions, others, generator, rng) -> Rollouts, number of redraws).
-    The policy writes, or the base model [D17], in slots of its own: a captured decoding step knows one role. others:
-    lists of questions. [DAPO: dynamic sampling] Each in turn replaces the groups of equal rewards [Eq. 3]."""
+    The policy writes the rollouts, or the frozen base model [D17]. The base model has slots of its own, because a
+    captured decoding step belongs to one role. others: lists of questions for --redraws; each in turn replaces the
+    groups whose rewards are all equal [DAPO: dynamic sampling]."""
     count = config.slots or config.batch_size * config.group_size
     new_slots = lambda: Slots(models.policy, count, config.max_length, graphs=not config.no_cuda_graphs)
     slots = new_slots()
@@ -279,34 +279,36 @@ def format_examples(reader, task, questions, settings, rng, slots):
     conversations = [(r, poor_policy(r, tokenizer, settings, ends, random.Random(rng.random()))) for r in rollouts]
     find = lambda queries: task.search(queries, settings.top_k)
     run(reader, conversations, find, settings.max_length, temperature=0.0, slots=slots)
-    whole = [r for r in rollouts if r.finished]
+    whole = [r for r in rollouts if r.finished and r.num_valid_actions == len(r.turns)]  # no turn was cut
     if not whole:
         raise Mistake("--algo format: no conversation reaches its answer; raise --max-length or --max-new-tokens")
     return whole
 
 def poor_policy(r, tokenizer, settings, ends, rng):
-    """`converse` holds the conversation and is given a script. Slots decide who begins: each has an rng of its own."""
+    """Hold `converse` and write its turns from a script. Each conversation has an rng of its own, because the number of
+    slots decides the order in which conversations begin."""
     talk, words = converse(r, tokenizer, settings, ends), r.question.text.split()
+    tokens = lambda text: [(i, 0.0) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     next(talk)
     for _ in range(min(settings.max_turns, rng.choice((1, 1, 2)))):
         start, end = sorted(rng.sample(range(len(words) + 1), 2))
         some = rng.sample(words, rng.randint(1, len(words)))
         query = " ".join(rng.choice((words, words[start:end], some)))
-        wish = say(talk, f"<think> {rng.choice(SEARCHING)} </think>\n<search> {query} </search>", tokenizer)
+        wish = say(talk, tokens(f"<think> {rng.choice(SEARCHING)} </think>\n<search> {query} </search>"))
         if wish is None:  # too long for a turn
             return
         passages = yield wish
-        talk.send(passages)
+        say(talk, [passages])
     prompt = reading_ids(r.question.text, tokenizer, READ, "Short answer:", passages, settings)
     reading = yield from complete(r, prompt, "\n", tokenizer, replace(settings, max_new_tokens=24), ends)
     thought = rng.choice(ANSWERING).format(question=r.question.text)
-    say(talk, f"<think> {thought} </think>\n<answer> {reading.turns[0].strip()} </answer>", tokenizer)
+    say(talk, tokens(f"<think> {thought} </think>\n<answer> {reading.turns[0].strip()} </answer>"))
 
-def say(talk, text, tokenizer):
-    """Write a whole turn into a conversation -> the query that it ends with, or None."""
+def say(talk, answers):
+    """Send these to a conversation, one by one -> the query that it then asks for, or None. It may end on the way."""
     try:
-        for i in tokenizer(text, add_special_tokens=False)["input_ids"]:
-            wish = talk.send((i, 0.0))
+        for answer in answers:
+            wish = talk.send(answer)
     except StopIteration:
         return None
     return wish
@@ -355,7 +357,7 @@ def logprobs_under(model, batch, config):
 
 def token_rewards(models, batch, rewards_B, config):
     """Phase 4: put old and reference log-probs and values into the batch -> token rewards [B, T]."""
-    if (config.no_mask or config.recompute_old_logprobs) and not config.old_is_new:  # [D9]; nobody sampled passages
+    if (config.no_mask or config.recompute_old_logprobs) and not config.old_is_new:  # [D9]; passages have no log-probs
         batch.old_logprobs_BT = logprobs_under(models.policy, batch, config)
     token_rewards_BT = rewards_at_end(rewards_B.to(batch.ids_BL.device), batch.mask_BT)
     if config.kl_in == "reward" and config.kl_coef:
@@ -375,7 +377,7 @@ def outcome_advantages(batch, scores_B, config):
     elif config.algo in FINE_TUNING:  # what was right is imitated, the rest is thrown away
         advantages_B = scores_B
     elif config.algo == "grpo":  # [Eq. 3] the group's mean is the baseline, its spread the unit
-        advantages_B = group_advantages(scores_B, config.group_size)
+        advantages_B = group_advantages(scores_B.cpu(), config.group_size).to(scores_B.device)  # Apple: no float64
     else:  # REINFORCE [Williams 1992]: the batch's mean is the baseline
         advantages_B = scores_B - scores_B.mean()
     batch.advantages_BT = advantages_B[:, None] * batch.mask_BT
@@ -420,15 +422,15 @@ def update(models, batch, step, config, rng):
             (group,), (lr, warmup_steps) = optimizer.param_groups, warmups[name]
             norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm).item()  # of the fp32 masters
             if math.isfinite(norm):
-                models.broken = 0
+                models.broken[name] = 0
                 sums["grad_norm" if name == "policy" else "critic_grad_norm"] += norm / count
                 group["lr"] = lr * learning_rate_factor(step, warmup_steps, config)
                 optimizer.step()
             else:  # one step with it, and every weight is nan for good
-                models.broken += 1
+                models.broken[name] += 1
                 sums["skipped_updates"] += 1
                 tqdm.write(f"step {step}: the gradient of the {name} is not finite; this update is skipped")
-                if models.broken == 3:
+                if models.broken[name] == 3:
                     raise Mistake(f"three gradients of the {name} in a row are not finite: lower --lr, or --dtype fp32")
             optimizer.zero_grad(set_to_none=True)
     models.updates = 0  # whole again
@@ -462,7 +464,7 @@ def new_logprobs(models, part, config):
         with torch.no_grad(), role(models.reference, None):
             reference = head_inputs(models.reference, part.ids_BL)[:2]
     new = token_logprobs(models.policy, part.ids_BL, part.mask_BT, config.temperature, *reference)
-    if not config.kl_coef:  # a forward pass of the reference for nothing but the log
+    if not config.kl_coef:  # the reference's forward pass would only serve the log
         return new, {}
     ref_logprobs_BT = new.ref_logp if reference else part.ref_logprobs_BT
     kl = token_mean(kl_k3(new.logp, ref_logprobs_BT), part.mask_BT)
@@ -512,10 +514,10 @@ def learned(records, config):
     return config.until_learned and config.cooldown and mean("env/em_1hop") >= 0.95 and mean("env/em_2hop") >= 0.85
 
 def health(records, config):
-    """Metrics of the steps so far -> what looks ill in the last five beside the first five, and what helps."""
+    """Metrics of the steps so far -> what looks wrong in the last five compared with the first five, and what helps."""
     if len(records) < 10:
         return []
-    mean = lambda part, name: sum(r.get(name, 0.0) for r in part) / 5
+    mean = lambda part, name: sum(r.get(name, 0.0) for r in part) / max(1, sum(name in r for r in part))
     now, then = (functools.partial(mean, part) for part in (records[-5:], records[:5]))
     grew = lambda name, least, times: now(name) > max(least, times * then(name))
     dull = config.group_size > 1 and now("frac_reward_zero_std") > 0.9 and now("reward/mean") < 0.5
@@ -525,8 +527,8 @@ def health(records, config):
     signs = {
         "it writes more and more at random (entropy): lower --lr, raise --kl-coef": grew("entropy", 1.0, 2),
         "it is sure of itself too early (entropy): lower --lr, larger batches, --entropy-coef 0.001": sure,
-        "advantages are not centred (policy_loss): is their baseline well?": centred and abs(now("policy_loss")) > 0.5,
-        "most searches find nothing (empty_search): is the search engine well?": now("env/empty_search") > 0.5,
+        "advantages are not centred (policy_loss): check their baseline": centred and abs(now("policy_loss")) > 0.5,
+        "most searches find nothing (empty_search): check the search engine": now("env/empty_search") > 0.5,
         "it is far from where it began (kl): lower --lr, raise --kl-coef": grew("kl", 1.0, 2),
         "gradients grow (grad_norm): larger batches, or a lower --lr": grew("grad_norm", 2 * config.max_grad_norm, 3),
         "turns or conversations fall apart (" + ", ".join(lost) + "): lower --lr, or --reward format": lost,
@@ -643,16 +645,16 @@ def save_checkpoint(step, models, tokenizer, config):
     tidy(out, config.keep)
 
 def tidy(out, keep):
-    """Remove what a run's folder no longer needs: trainer states but the newest, what a kill left unfinished, and with
-    `keep` all checkpoints but the newest so many and the one with the best evaluation."""
-    checkpoints = sorted(out.glob("checkpoint-*"), key=step_of)
+    """Remove what a run's folder no longer needs: all trainer states but the newest, what a kill left unfinished and,
+    unless `keep` is 0, all checkpoints except the newest `keep` and the one with the best evaluation."""
+    checkpoints = sorted(out.glob("checkpoint-[0-9]*"), key=step_of)
     for older in checkpoints[:-1]:
         (older / "trainer_state.pt").unlink(missing_ok=True)
     em = {record["step"]: record.get("eval/em", -1.0) for record in read_log(out / "metrics.jsonl")}
     best = max(checkpoints, key=lambda checkpoint: (em.get(step_of(checkpoint), -1.0), step_of(checkpoint)))
     for older in checkpoints[:-keep] if keep else ():
         if older != best:
-            older.rename(out / older.name.replace("checkpoint", "unfinished"))  # a name means a whole checkpoint
+            older.rename(out / older.name.replace("checkpoint", "unfinished"))  # no checkpoint-N is half deleted
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -660,7 +662,7 @@ def restore(models, config):
     """Load the newest checkpoint of a run -> its step, or None if there is none: the run begins anew. Cut the logs back
     to it: what came after is done again. Nothing is unpickled but tensors and plain values."""
     out = Path(config.output_dir)
-    newest = max((state.parent for state in out.glob("checkpoint-*/trainer_state.pt")), key=step_of, default=None)
+    newest = max((file.parent for file in out.glob("checkpoint-[0-9]*/trainer_state.pt")), key=step_of, default=None)
     if newest is None:
         return None
     try:
@@ -679,6 +681,7 @@ def restore(models, config):
         kept = [record for record in read_log(out / log_file) if record["step"] <= state["step"]]
         with written_whole(out / log_file) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept))
+    write_config(config)  # with what --resume has changed
     return state["step"]
 
 @contextlib.contextmanager
@@ -810,7 +813,7 @@ CHOICES = {
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
             "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
 NOT_NEGATIVE = ("search_patience max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank "
-                "lora_layers slots weight_decay keep save_every cooldown").split()  # fmt: skip
+                "lora_layers slots weight_decay keep save_every cooldown eval_limit").split()  # fmt: skip
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
 RESUME_MAY_CHANGE = set("steps until_learned save_every keep slots micro_batch_tokens gradient_checkpointing "
                         "no_cuda_graphs wandb search_patience stop_on_collapse".split())  # fmt: skip
@@ -856,7 +859,7 @@ def check_config(c):
         "--preset real needs --model, --train-data and --corpus": c.preset == "real" and not c.model,
         "--model, --train-data and --corpus go together": not bool(c.model) == bool(c.train_data) == bool(c.corpus),
         "--eval-data needs --train-data: the tiny world has held-out questions": c.eval_data and not c.train_data,
-        f"{given('group_size')}: --algo {c.algo} has one example a question": c.algo in SHOWN and c.group_size != 1,
+        f"{given('group_size')}: {c.algo} has one example a question": c.algo in ("sft", "format") and c.group_size > 1,
         f"{given('redraws')}: a group of one has no spread": c.redraws and c.group_size == 1,
         "--algo format shows how to search: leave out --no-search and --max-turns 0": (
             c.algo == "format" and (c.no_search or not c.max_turns)
@@ -866,6 +869,7 @@ def check_config(c):
         f"{given('slots')}: a group of {c.group_size} rollouts is in flight together": 0 < c.slots < c.group_size,
         "--kl exact is a loss: give --kl-in loss, too": c.kl == "exact" and c.kl_in != "loss",
         f"--kl exact: --algo {c.algo} has no KL in its loss": c.kl == "exact" and c.algo in FINE_TUNING,
+        f"--kl-in reward: --algo {c.algo} takes no KL": c.kl_in == "reward" and c.kl_coef and c.algo in FINE_TUNING,
     }  # fmt: skip
     if mistakes := [message for message, found in wrong.items() if found]:
         raise Mistake(mistakes[0])
@@ -878,7 +882,8 @@ def resumed_config(given):
         saved = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise Mistake(f"--resume: {folder} is no folder of a run: {error}") from None
-    if list(Path(folder).glob("checkpoint-*")) and not list(Path(folder).glob("checkpoint-*/trainer_state.pt")):
+    checkpoints = list(Path(folder).glob("checkpoint-[0-9]*"))
+    if checkpoints and not any((checkpoint / "trainer_state.pt").exists() for checkpoint in checkpoints):
         raise Mistake(f"--resume: no checkpoint in {folder} has the trainer_state.pt that it takes to continue")
     if unknown := set(saved) - {f.name for f in fields(Config)}:
         raise Mistake(f"{folder} was made by another version, with flags that are gone: {', '.join(sorted(unknown))}")
@@ -901,7 +906,7 @@ def main(argv=None):
             train(config, policy, task)
     out = Path(config.output_dir)
     records = list(read_log(out / "metrics.jsonl"))
-    # On a GPU all that the card has lent, to other programs, too; the log has each phase. Else Python, too.
+    # On a GPU: what all programs together hold on the card (the log has it by phase). On a CPU: the whole process.
     held = max(r.get("memory_gib/card", 0) for r in records) * 2**30 or peak_bytes(policy.device)
     print(f"memory, predicted: {size(predicted_peak(memory)[0])}; measured, all included: {size(held)}; all in {out}")
     phases = ("rollout", "logprobs", "update", "eval")

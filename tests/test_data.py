@@ -467,8 +467,9 @@ def test_contexts_are_the_paragraphs_that_came_with_the_questions(here):
 
 def test_questions_without_paragraphs_are_one_line_and_leave_nothing(here):
     """Claim: a file in which no question brings a paragraph, and a line in another form, are errors that name the file.
-    No half-written corpus stays behind.
-    Fails if: the check of `bare` is left out, or contexts_corpus opens `corpus` itself.
+    No half-written corpus stays behind. Half a character is replaced.
+    Fails if: the check of `bare` is left out, contexts_corpus opens `corpus` itself, leaves whole_characters out, or
+    does not catch RecursionError.
     """
     nq = here("nq.jsonl", record(), record())
     odd = here("odd.jsonl", HOTPOT, record(context={"title": ["A", "B"], "sentences": [["one"]]}))
@@ -476,9 +477,15 @@ def test_questions_without_paragraphs_are_one_line_and_leave_nothing(here):
         data.contexts_corpus([here("hotpot.jsonl", HOTPOT), nq], "corpora")
     with pytest.raises(Mistake, match="odd.jsonl line 2: paragraphs in an unknown form"):
         data.contexts_corpus([odd], "corpora")
+    half = here("half.jsonl", record(context={"title": ["A\ud83d"], "content": [["b"]]}))
+    deep = here("deep.jsonl", HOTPOT)
+    deep.write_text("[" * 100_000 + "\n")
+    with pytest.raises(Mistake, match="deep.jsonl line 1: paragraphs in an unknown form"):
+        data.contexts_corpus([deep], "corpora")
     with pytest.raises(Mistake, match="give a question file"):
         data.resolve_corpus("contexts", [], folder="corpora")
     assert list(Path("corpora").iterdir()) == []
+    assert [p.title for p in load_passages(data.contexts_corpus([half], "corpora"))] == ["A\ufffd"]
 
 
 def test_a_corpus_by_name_becomes_an_index_once(here, monkeypatch):
@@ -601,7 +608,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 def test_a_gguf_file_is_unpacked_into_a_plain_model(tmp_path, tokenizer, monkeypatch):
     """Claim: --model FILE.gguf asks transformers for that file in its folder, and gives a model that can be saved like
     any other. Without the packages that read it one line names them.
-    Fails if: load_checkpoint hands the file's own path on, catches no ImportError, or keeps quantization_config.
+    Fails if: load_checkpoint hands the file's own path on, catches no ImportError, keeps quantization_config, or gives
+    "auto" to torch.
     """
     file, model, asked = tmp_path / "small.gguf", random_model(tokenizer), []
     file.write_bytes(b"GGUF")
@@ -617,7 +625,7 @@ def test_a_gguf_file_is_unpacked_into_a_plain_model(tmp_path, tokenizer, monkeyp
     load = lambda given: lambda where, gguf_file, **_: asked.append((where, gguf_file)) or given
     monkeypatch.setattr(data.AutoModelForCausalLM, "from_pretrained", load(model))
     monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", load(tokenizer))
-    policy, _ = data.load_checkpoint(str(file))
+    policy, _ = data.load_checkpoint(str(file), dtype="auto")  # as eval.py asks on a GPU
     assert asked == [(tmp_path, "small.gguf")] * 2 and policy is not model
     assert not hasattr(policy.config, "quantization_config")
     assert all(torch.equal(t, weights[name]) for name, t in policy.state_dict().items())

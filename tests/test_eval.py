@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 import string
 import sys
 from dataclasses import asdict, replace
@@ -55,7 +56,7 @@ def test_metrics_are_means_over_all_questions_and_hops_apart(monkeypatch):
     questions = [Question(q, q, (gold,), of) for q, gold, of in zip(turns, golds, hops)]
     script = {searchr1.make_prompt(q): [list(x.encode()) for x in xs] for q, xs in turns.items()}
     tokenizer, search = searchr1.ByteTokenizer(), lambda queries, k: [PASSAGES] * len(queries)
-    monkeypatch.setattr(evaluation, "BATCH", 2)
+    monkeypatch.setattr(evaluation, "CPU_SLOTS", 2)
     metrics, rollouts = evaluation.evaluate(ScriptedPolicy(tokenizer, script), tokenizer, questions, search, SETTINGS)
     assert [r.question for r in rollouts] == questions
     want = {
@@ -359,13 +360,16 @@ def test_search_o1_puts_notes_in_the_place_of_passages(short):
 
 @pytest.mark.paper
 def test_r1_has_its_own_prompt_and_no_search(monkeypatch):
-    """Claim: the method r1 asks with the official text without search, and a search that it writes is not executed.
-    Fails if: r1 leaves settings.do_search as it is.
+    """Claim: the method r1 asks with the official text without search, whatever prompt searches, and a search that it
+    writes is not executed.
+    Fails if: r1 leaves settings.do_search as it is, or prompt_ids takes the short prompt without asking do_search.
     """
     monkeypatch.setattr(searchr1, "NO_SEARCH_TEMPLATE", "R1 {question}\n")
     reply = {"R1 q?\n": ["<think>x</think><search>q</search>"]}
     metrics, (r,), calls = answered("r1", reply, {"q?": "a"}, library)
     assert calls == [] and r.answer is None and metrics["turns"] == 1 and metrics["valid_format"] == 0
+    _, (short,), _ = answered("r1", reply, {"q?": "a"}, library, prompt="short")
+    assert short.ids == r.ids
 
 
 @pytest.mark.paper
@@ -719,6 +723,7 @@ def test_the_default_method_is_what_the_checkpoint_was_trained_for(files, asked)
         ("--checkpoint ck --json no/such/folder.json", "cannot write no/such/folder.json"),
         ("--plot nowhere", "has no metrics.jsonl"),
         ("--plot empty", "nothing to draw"),
+        ("--plot empty --output curves.xyz", "--output curves.xyz: a picture ends in .png"),
         ("--nonsense", "unrecognized"),
     ],
 )
@@ -788,7 +793,7 @@ def test_curves_of_several_runs_go_into_one_picture(tmp_path, figures):
     """Claim: --plot draws runs with and without hops, of different length, into a PNG: hops in panels of their own, in
     place of EM over all questions. course.points draws the same, and again from the points that it writes beside it.
     Fails if: plot_runs indexes a metric that a run does not have; or leaves out eval/em of a run without hops, because
-    another run has hops; or write_points drops the run's name.
+    another run has hops; write_points drops the run's name; or of two runs of one name only the last is read.
     """
     hops = {"eval/em_1hop": 0.1, "eval/em_2hop": 0.0, "eval/em": 0.05}
     runs = {"a": [{"step": 0} | hops, {"step": 1, "reward/mean": 0.5, "kl": 0.1}], "b": [{"step": 0, "eval/em": 0.3}]}
@@ -803,6 +808,9 @@ def test_curves_of_several_runs_go_into_one_picture(tmp_path, figures):
         points.main([*(str(tmp_path / source) for source in sources), "--output", str(tmp_path / f"{name}.png")])
         assert (tmp_path / f"{name}.png").read_bytes() == (tmp_path / "c.png").read_bytes()
     assert (tmp_path / "e.csv").read_text() == (tmp_path / "d.csv").read_text() != ""
+    shutil.copytree(tmp_path / "a", tmp_path / "b" / "a")
+    both = evaluation.read_runs([tmp_path / "a", tmp_path / "b" / "a"])
+    assert list(both) == ["a", str(tmp_path / "b" / "a")] and both["a"] == both[str(tmp_path / "b" / "a")] == runs["a"]
 
 
 def test_seeds_of_one_setting_are_a_mean_in_a_band(tmp_path, undrawn):

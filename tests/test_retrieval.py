@@ -209,8 +209,9 @@ def test_passages_stay_on_disk_and_are_read_by_row(corpus):
 
 def test_a_gz_is_unpacked_and_one_that_is_cut_short_is_refused(corpus, tmp_path):
     """Claim: a .gz gives the passages of the file in it, and a newer .gz those of the new one. One that is cut short is
-    one clear line and leaves no file behind.
-    Fails if: unpacked does not use written_whole (half a file would stay), or does not compare the times of both files.
+    one clear line and leaves no file behind, and so is a damaged one.
+    Fails if: unpacked does not use written_whole (half a file would stay), does not compare the times of both files, or
+    does not catch zlib.error.
     """
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(corpus.read_bytes()))
@@ -224,6 +225,9 @@ def test_a_gz_is_unpacked_and_one_that_is_cut_short_is_refused(corpus, tmp_path)
     with pytest.raises(ValueError, match="not a whole gzip file"):
         load_passages(packed)
     assert not list(tmp_path.glob("packed.jsonl*part")) and not (tmp_path / "packed.jsonl").exists()
+    packed.write_bytes(gzip.compress(b"")[:10] + b"\xff" * 99)  # a block of a kind that does not exist
+    with pytest.raises(ValueError, match="not a whole gzip file"):
+        load_passages(packed)
 
 
 def test_a_gz_that_blows_up_is_one_line_and_leaves_nothing_on_a_full_disk(tmp_path):
@@ -544,6 +548,9 @@ def test_an_index_that_does_not_belong_is_refused_with_the_reason(corpus, tmp_pa
     model.embeddings.word_embeddings.weight.data.mul_(-1)
     model.save_pretrained(name)
     with pytest.raises(ValueError, match="is not the encoder that made this index"):
+        load_engine(tmp_path / "index")
+    (tmp_path / "index/index.faiss").write_bytes(b"IxFI")
+    with pytest.raises(ValueError, match="index.faiss cannot be read, build again"):
         load_engine(tmp_path / "index")
     faiss.write_index(faiss.IndexFlatIP(7), str(tmp_path / "index/index.faiss"))
     with pytest.raises(ValueError, match="index.faiss holds 0 x 7"):

@@ -702,7 +702,9 @@ def test_the_format_is_think_search_information_think_answer():
 
 def test_the_format_reward_has_the_official_table():
     """Claim: 1, 0.8, 0.2, 0.1, 0 for right/wrong/none in good and bad format; retrieval counts where asked for.
-    Fails if: a right answer in bad format gets the full reward, or passages are searched unnormalised.
+    After an invalid turn no format is good.
+    Fails if: a right answer in bad format gets the full reward, passages are searched unnormalised, or policy_view
+    puts "" for INVALID_ACTION.
     """
     good = ["<think>x</think><search>q</search>", "<think>x</think><answer>London</answer>"]
     bad = ["<search>q</search>", "<answer>London</answer>"]
@@ -710,6 +712,8 @@ def test_the_format_reward_has_the_official_table():
     right, wrong = [(good, "london", 1.0), (bad, "london", 0.8)], [(good, "Paris", 0.2), (bad, "Paris", 0.1)]
     for r, gold, reward in right + wrong + [(none, "London", 0.0)]:
         assert s.format_reward(r, [gold]) == pytest.approx(reward)
+    cut, *_ = played(["<think>x", "</think><answer>London</answer>"], max_turns=1)  # the correction stands between
+    assert s.format_reward(cut, ["London"]) == pytest.approx(0.8)
     assert s.format_reward(good, ["the thames"], retrieval=0.1) == pytest.approx(0.3)
     assert s.format_reward(good, ["Paris"], retrieval=0.1) == pytest.approx(0.2)
 

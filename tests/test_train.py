@@ -724,8 +724,9 @@ def test_an_evaluation_is_told_in_words():
 def test_what_looks_ill_is_said_in_words_and_a_healthy_run_is_left_alone():
     """Claim: each sign shows in the mean of five steps, beside that of the first five, from step 10 on; equal rewards
     are no sign once they are high, or without groups; a large loss is one where advantages have a baseline.
-    Fails if: a bound of health is turned round (`now(name) < 0.8` -> `>`), it looks at the first steps twice, or `abs`
-    is dropped.
+    What a step does not report counts as nothing, not as 0.
+    Fails if: a bound of health is turned round (`now(name) < 0.8` -> `>`), it looks at the first steps twice, `abs`
+    is dropped, or its means are over five steps.
     """
     well = {"entropy": 0.6, "kl": 0.3, "grad_norm": 0.5, "env/ratio_of_valid_action": 0.9, "env/finish_ratio": 0.9,
             "frac_reward_zero_std": 0.8, "reward/mean": 0.1}  # fmt: skip
@@ -743,6 +744,9 @@ def test_what_looks_ill_is_said_in_words_and_a_healthy_run_is_left_alone():
     assert said(train.Config(group_size=1), frac_reward_zero_std=1.0) == []
     assert said(train.Config(group_size=1), policy_loss=-1.0) == said(train.Config(algo="sft"), policy_loss=3.0) == []
     assert "baseline" in said(train.Config(algo="reinforce", group_size=1), policy_loss=1.0)[0]
+    without = {name: value for name, value in well.items() if name not in ("entropy", "kl", "grad_norm")}
+    warmed_up = {"entropy": 1.2, "kl": 1.2, "grad_norm": 2.5}  # PPO's critic learned alone in the first three steps
+    assert train.health([without] * 3 + [well | warmed_up] * 8, train.Config()) == []
 
 
 def test_a_step_counts_rollouts_without_room_and_queries_asked_twice():
@@ -930,8 +934,8 @@ def test_a_trainer_state_that_cannot_be_trusted_is_one_line(small_base):
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_the_third_in_a_row_ends_the_run(small_base, monkeypatch):
     """Claim: an update with a nan in its gradient changes no weight, is counted, and leaves no nan in the log; two in a
-    row are survived; the third ends the run with one line, its steps saved.
-    Fails if: update steps without looking at the norm, or models.broken is never set back to 0.
+    row are survived; the third ends the run with one line, its steps saved. The critic's gradients count apart.
+    Fails if: update steps without looking at the norm, models.broken is never set back to 0, or is one number.
     """
     loss, calls = train.reinforcement_loss, []
 
@@ -957,12 +961,17 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_the_third_in_a_row_ends_th
         train.main(run + ["ends"])
     weights = AutoModelForCausalLM.from_pretrained("ends/checkpoint-2").state_dict().values()
     assert all(value.isfinite().all() for value in weights)
+    monkeypatch.setattr(train, "reinforcement_loss", sometimes(range(99)))
+    with pytest.raises(Mistake, match="three gradients of the policy"):
+        train.main(run + "ppo --algo ppo --group-size 1 --critic-warmup-steps 0".split())
 
 
 def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
     """Claim: --resume refuses a flag with another value than the run had, and a run that is complete; the command that
-    started the run, repeated with --resume and more steps, goes on with it.
-    Fails if: resumed_config ignores what else was given.
+    started the run, repeated with --resume and more steps, goes on with it, and the folder says so. A folder that is
+    only called like a checkpoint is left alone.
+    Fails if: resumed_config ignores what else was given, restore does not write the config, or restore or tidy takes
+    "checkpoint-*" for a step.
     """
     run = SMALL + ["--output-dir", "run"]
     train.main(run)
@@ -972,8 +981,10 @@ def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
     ):
         with pytest.raises(Mistake, match=message):
             train.main(flags)
+    Path("run/checkpoint-best").mkdir()  # somebody's copy
     train.main(run + ["--resume", "run", "--steps", "3"])
     assert [line["step"] for line in metrics("run")] == [0, 1, 2, 3]
+    assert json.loads(Path("run/config.json").read_text())["steps"] == 3
     assert train.parse_config(["--resume", "run", "--steps", "9"]).output_dir == "run"
 
 
@@ -1252,6 +1263,24 @@ def test_the_cold_start_shows_the_form_and_no_answer(real_shape, monkeypatch):
     assert [set(line) & {"kl", "kl_exact"} for line in metrics("run")] == [set(), set()]  # beta is 0: no reference
 
 
+def test_the_cold_start_shows_no_conversation_that_a_budget_cut(tokenizer):
+    """Claim: the conversations shown are whole. One whose turn is too long, which an invalid turn would follow, and one
+    that ends while its passages come in, are left out.
+    Fails if: format_examples does not look at num_valid_actions, or poor_policy hands passages over by talk.send.
+    """
+    questions = [Question(str(i), "who is kinake born in? " * 4, ("x",)) for i in range(12)]
+    task = SimpleNamespace(tokenizer=tokenizer, search=lambda queries, k: [PASSAGES[:1]] * len(queries))
+
+    def shown(max_new_tokens, max_length):
+        settings, rng = Settings(2, max_new_tokens, 40, max_length, 1, prompt="short"), random.Random(max_length)
+        return train.format_examples(random_model(tokenizer), task, questions, settings, rng, None)
+
+    assert 0 < len(shown(34, 160)) < 12 and all(len(r.turns) == r.num_valid_actions for r in shown(34, 160))
+    for max_new_tokens, max_length in [(30, 160), (34, 60), (34, 61), (34, 68)]:
+        with pytest.raises(Mistake, match="no conversation reaches its answer"):
+            shown(max_new_tokens, max_length)
+
+
 def test_easy_questions_come_first(here):
     """Claim: --easy-first orders the first epoch by hops, then by the place of the first passage with a gold answer
     when the question itself is the query; the second epoch is shuffled, and so is every one without the flag. The
@@ -1368,6 +1397,8 @@ MISTAKES = [
     ("--algo sft --group-size 5", "one example a question"),
     ("--kl exact --kl-in reward", "--kl exact is a loss"),
     ("--kl exact --algo rejection", "--kl exact: --algo rejection has no KL in its loss"),
+    ("--kl-in reward --kl-coef 0.1 --algo rejection", "--kl-in reward: --algo rejection takes no KL"),
+    ("--eval-limit -1", "--eval-limit -1: cannot be negative"),
     ("--preset real", "--preset real needs --model"),
     ("--eval-data q.jsonl", "--eval-data needs --train-data"),
     ("--model nowhere", "--train-data"),
