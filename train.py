@@ -920,7 +920,8 @@ def main(argv=None):
         print((sample["question"] + lines).translate(HARMLESS))
     asked = shlex.quote(samples[-1]["question"].translate(HARMLESS))
     print(f"\nNext: python eval.py --checkpoint {out} --ask {asked}")
-    plain = config.preset == "tiny" and config.method == "search-r1" and not (config.no_mask or config.shuffle_rewards)
+    plain = config.preset == "tiny" and config.method == "search-r1" and "eval/em_2hop" in records[-1]
+    plain = plain and not (config.no_mask or config.shuffle_rewards)
     if plain and (config.steps >= Config.steps or any(learned(records[:i], config) for i in range(len(records)))):
         searches, right = ([records[-1][f"eval/{of}_{hops}hop"] for hops in (1, 2)] for of in ("searches", "em"))
         print(f"It now searches {searches[0]:.2f} / {searches[1]:.2f} times for one-hop / two-hop questions", end="")

@@ -823,8 +823,9 @@ def test_a_run_that_has_learned_cools_down_and_ends(small_base, monkeypatch, cap
 
 def test_a_run_that_was_not_cut_short_ends_with_a_verdict(small_base, monkeypatch, capsys):
     """Claim: the last line says whether the run is as expected, if it learned on the way (though not in its last five
-    steps) or had all the steps that it may take; it says nothing about a run that was given fewer.
-    Fails if: main() looks at the end of the log only, or at neither.
+    steps) or had all the steps that it may take; it says nothing about a run that was given fewer, or that was not
+    asked about two hops.
+    Fails if: main() looks at the end of the log only, at neither, or does not ask for eval/em_2hop.
     """
     verdict = lambda flags: train.main(SMALL + flags.split()) or capsys.readouterr().out.splitlines()[-1]
     assert "expected" not in verdict("--output-dir short")
@@ -833,6 +834,7 @@ def test_a_run_that_was_not_cut_short_ends_with_a_verdict(small_base, monkeypatc
         assert "BELOW the expected 95% / 90%" in verdict("--steps 9 --cooldown 2 --output-dir learned")
     monkeypatch.setattr(train.Config, "steps", 2)
     assert "BELOW the expected 95% / 90%" in verdict("--output-dir whole")
+    assert "expected" not in verdict("--eval-limit 1 --output-dir one")  # no two-hop question was asked
 
 
 def test_searches_and_answers_by_hops_steer_the_next_questions(small_base):
