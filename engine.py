@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from kernels import matmul_fp32
 
-GPU_SLOTS = 64  # conversations in flight on a GPU, where nobody says how many
+GPU_SLOTS = 64  # conversations in flight on a GPU
+CACHE_BYTES = 8 * 2**30  # of keys and values: beside the weights of a 3B model this fits 24 GB
 FEED_TOKENS = 2**14  # rows x columns of one forward pass over long blocks: bounds the memory of prompts and passages
 
 class Mistake(ValueError):
@@ -37,6 +38,12 @@ def slot_bytes(policy, max_length):
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     return (max_length + 1) * c.num_hidden_layers * 2 * heads * head_dim * policy.dtype.itemsize
+
+def slots_for(policy, conversations, max_length):
+    """How many of so many conversations are in flight at once, where nobody says it: all that the two bounds allow."""
+    most = GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else conversations
+    held = CACHE_BYTES // slot_bytes(policy, max_length)  # Llama-3.2-3B, 4096 ids: 18
+    return max(1, min(conversations, most, held))
 
 class Slots:
     """Slot s holds keys and values of positions 0..lengths[s]-1 of one conversation, left-aligned and without holes.
@@ -316,7 +323,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
                    row and begin with the same prompt
     search         list[str] -> list of lists of passages
     max_length     ids that a record may hold
-    slots          Slots to work in (they bound what is in flight), or how many to make. None: B, on a GPU at most 64
+    slots          Slots to work in (they bound what is in flight), or how many to make. None: see slots_for
     Raises Mistake if a group is larger than the slots, RuntimeError if the engine loses a query.
 
     Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
@@ -326,7 +333,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
         return
     device, B = policy.get_output_embeddings().weight.device, len(conversations)
     if slots is None:
-        slots = min(B, max(GPU_SLOTS, group_size)) if device.type == "cuda" else B
+        slots = max(group_size, slots_for(policy, B, max_length))
     slots = slots if isinstance(slots, Slots) else Slots(policy, slots, max_length)
     if len(slots.lengths) < group_size:
         raise Mistake(f"{len(slots.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")

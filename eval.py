@@ -244,8 +244,6 @@ WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write i
 
 # ----- 3. A method over many questions -----
 
-CPU_SLOTS = 256  # conversations in flight on a CPU
-
 def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None,
            bar=None):  # fmt: skip
     """Answer each question by a method of METHODS, all at once -> list of Rollouts in the order of the questions.
@@ -265,8 +263,6 @@ def answer(policy, tokenizer, questions, search, settings, method, temperature=0
 def evaluate(policy, tokenizer, questions, search, settings, method="search-r1", temperature=0.0, generator=None,
              slots=None):  # fmt: skip
     """Answer every Question once -> (metrics as in mean_scores, Rollouts in the order of the questions)."""
-    most = engine.GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else CPU_SLOTS
-    slots = slots or min(len(questions), most)
     with tqdm(total=len(questions), desc="evaluation", leave=False, delay=5) as bar:  # shown after 5 s
         rollouts = answer(policy, tokenizer, questions, search, settings, method, temperature, generator, slots, bar)
     return mean_scores([scores_of(r, method) for r in rollouts], [q.hops for q in questions]), rollouts
@@ -274,7 +270,6 @@ def evaluate(policy, tokenizer, questions, search, settings, method="search-r1",
 # ----- 4. The comparison: methods x sets, kept batch by batch -----
 
 KEPT = 64  # questions that are answered, and then kept, together: what a killed comparison loses at most
-CACHE_BYTES = 8 * 2**30  # of keys and values at the most: beside the weights of a 3B model this fits 24 GB
 
 def question_sets(specs):
     """--data -> ({name as given: list of Questions}, their files); "all" is the seven sets of the paper."""
@@ -325,8 +320,7 @@ def compare(args, methods, sets, settings, about, load):
     todo = [batch for batch in batches if batch not in done]  # known by its first question
     if todo:
         policy, tokenizer, search = load()
-        most = CACHE_BYTES // engine.slot_bytes(policy, settings.max_length)  # Llama-3.2-3B, 4096 ids: 18
-        slots = engine.Slots(policy, max(1, min(KEPT, most)), settings.max_length)
+        slots = engine.Slots(policy, engine.slots_for(policy, KEPT, settings.max_length), settings.max_length)
         generator = torch.Generator(policy.get_output_embeddings().weight.device)
     bar = tqdm(initial=len(records), total=len(methods) * sum(map(len, sets.values())), unit=" questions")
     for method, name, at in todo:

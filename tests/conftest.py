@@ -132,6 +132,7 @@ class ScriptedPolicy(torch.nn.Module):
     """
 
     dtype, device = torch.float32, torch.device("cpu")
+    config = argparse.Namespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=2)  # of the keys that it stores
 
     def __init__(self, tokenizer, script):
         super().__init__()

@@ -332,14 +332,20 @@ def test_a_group_needs_its_slots(model, tokenizer):
 
 
 def test_slots_may_be_a_number_and_none_is_one_a_conversation(model, tokenizer, monkeypatch):
-    """Claim: slots says how many rows are in flight, as Slots or as an int. None, on a CPU, is one a conversation.
-    Fails if: run makes one a group (`else B` -> `// group_size`), or as many whatever the int says.
+    """Claim: slots says how many rows are in flight, as Slots or as an int. None, on a CPU, is one a conversation, but
+    no more than CACHE_BYTES hold, and at least a group.
+    Fails if: run makes as many whatever the int says, slots_for forgets a bound, or run the group.
     """
     seen, plain = set(), engine.feed
     monkeypatch.setattr(engine, "feed", lambda *args: seen.add(len(args[1].lengths)) or plain(*args))
     for slots, want in ((3, 3), (engine.Slots(model, 4, 200), 4), (None, 10)):
         seen.clear()
         sampled(model, tokenizer, group_size=2, slots=slots, do_search=False)
+        assert seen == {want}
+    for room, want in ((5, 5), (1, 2)):
+        monkeypatch.setattr(engine, "CACHE_BYTES", room * engine.slot_bytes(model, 200) + 1)
+        seen.clear()
+        sampled(model, tokenizer, group_size=2, do_search=False)
         assert seen == {want}
     engine.run(model, [], None, 200)  # nothing to do
 

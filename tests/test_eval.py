@@ -40,9 +40,9 @@ def people(start, stop):
 
 
 @pytest.mark.paper
-def test_metrics_are_means_over_all_questions_and_hops_apart(monkeypatch):
-    """Claim: EM, F1, searches, finished, format: by hand for five questions in batches of two, none of them dropped.
-    Fails if: evaluate drops the last batch, or mean_scores divides by the number of finished rollouts.
+def test_metrics_are_means_over_all_questions_and_hops_apart():
+    """Claim: EM, F1, searches, finished, format: by hand for five questions over two slots, none of them dropped.
+    Fails if: evaluate asks as many questions as it has slots, or mean_scores divides by the number of finished rollouts.
     """
     t, a = "<think>x</think>", "<answer>{}</answer>"
     turns = {
@@ -56,8 +56,8 @@ def test_metrics_are_means_over_all_questions_and_hops_apart(monkeypatch):
     questions = [Question(q, q, (gold,), of) for q, gold, of in zip(turns, golds, hops)]
     script = {searchr1.make_prompt(q): [list(x.encode()) for x in xs] for q, xs in turns.items()}
     tokenizer, search = searchr1.ByteTokenizer(), lambda queries, k: [PASSAGES] * len(queries)
-    monkeypatch.setattr(evaluation, "CPU_SLOTS", 2)
-    metrics, rollouts = evaluation.evaluate(ScriptedPolicy(tokenizer, script), tokenizer, questions, search, SETTINGS)
+    how = ScriptedPolicy(tokenizer, script), tokenizer, questions, search, SETTINGS
+    metrics, rollouts = evaluation.evaluate(*how, slots=2)
     assert [r.question for r in rollouts] == questions
     want = {
         "em": 3 / 5,
@@ -482,13 +482,13 @@ def files(checkpoint, monkeypatch):
 def test_a_comparison_holds_as_many_conversations_as_its_memory(files, monkeypatch):
     """Claim: of KEPT questions only as many are in flight as CACHE_BYTES hold keys and values for, at least one; the
     records are the same.
-    Fails if: compare makes KEPT slots in any case, or none.
+    Fails if: compare makes KEPT slots in any case, or slots_for may give none.
     """
     made, records, one = [], [], generation.slot_bytes(data.load_checkpoint("ck")[0], SETTINGS.max_length)
     begin = generation.Slots.__init__
     monkeypatch.setattr(generation.Slots, "__init__", lambda self, *args: made.append(self) or begin(self, *args))
     for room in (3, 2, 0):
-        monkeypatch.setattr(evaluation, "CACHE_BYTES", room * one + 1)
+        monkeypatch.setattr(generation, "CACHE_BYTES", room * one + 1)
         evaluation.main([*files, "--method", "rag", "--json", f"{room}.json"])
         records.append(json.loads(Path(f"{room}.json").read_text())["records"])
         assert len(made[-1].lengths) == max(1, room)
