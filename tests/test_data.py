@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import filelock
 import huggingface_hub
 import pytest
 import torch
@@ -490,10 +491,19 @@ def test_questions_without_paragraphs_are_one_line_and_leave_nothing(here):
 
 def test_a_corpus_by_name_becomes_an_index_once(here, monkeypatch):
     """Claim: `contexts` is a flat index that finds what came with the questions, bm25:contexts finds it by words. Both
-    are built at the first call only. task() takes them with a set by name. Any other --corpus is passed through.
-    Fails if: resolve_corpus builds although the folder is complete, or strips "bm25:" from a file.
+    are built at the first call only, while a second run would wait. task() takes them with a set by name. Any other
+    --corpus is passed through.
+    Fails if: resolve_corpus builds although the folder is complete or without the lock, or strips "bm25:" from a file.
     """
     here("downloads/hotpotqa/dev.jsonl", HOTPOT)
+    build, built = data.build, []
+
+    def alone(*how):
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock("outputs/corpora/.lock", timeout=0).acquire()
+        built.append(build(*how))
+
+    monkeypatch.setattr(data, "build", alone)
     questions, engine, world = data.task(0, "contexts", "hotpotqa")
     assert world is None and [q.text for q in questions] == ["Who?"]
     assert [p.title for p in engine.search(["who wrote and sang?"], 1)[0]] == ["Ada"]
@@ -501,6 +511,7 @@ def test_a_corpus_by_name_becomes_an_index_once(here, monkeypatch):
     words = data.resolve_corpus("bm25:contexts", files)
     assert words.startswith("bm25:outputs/corpora/contexts-")
     assert engine_from(words).search(["slept"], 3)[0][0].title == "Bob"
+    assert len(built) == 2
     monkeypatch.setattr(data, "build", lambda *_: pytest.fail("built again"))
     assert data.resolve_corpus("bm25:contexts", files) == words
     folder = data.resolve_corpus("contexts", files)

@@ -800,9 +800,10 @@ def test_the_client_retries_a_broken_server_and_then_says_so(server, monkeypatch
 
 
 def test_the_client_never_invents_an_empty_result():
-    """Claim: an answer that is cut short, silence and a refused connection are tried again, then there is one
-    SearchFailed with the address. Without a query that is not empty, nobody is asked.
-    Fails if: HttpEngine.search_scores does not catch HTTPException or OSError, or ends in empty lists.
+    """Claim: an answer or the reason of an error that is cut short, silence and a refused connection are tried again,
+    then there is one SearchFailed with the address. Without a query that is not empty, nobody is asked.
+    Fails if: HttpEngine.search_scores does not catch HTTPException or OSError, also while it reads why a server failed,
+    or ends in empty lists.
     """
 
     def fails(socket, match, **settings):
@@ -811,21 +812,22 @@ def test_the_client_never_invents_an_empty_result():
             HttpEngine(url, patience=0.05, wait=0.01, **settings).search(["name1"], 3)
         return url
 
-    with socket.create_server(("127.0.0.1", 0)) as cutting:
+    for status, match in (("200 OK", "IncompleteRead"), ("503 Busy", "HTTP 503")):
+        with socket.create_server(("127.0.0.1", 0)) as cutting:
 
-        def cut():
-            while True:
-                try:
-                    client = cutting.accept()[0]
-                except OSError:
-                    return  # the test is over
-                while not client.recv(65536).endswith(b"}"):
-                    pass  # read the whole request: what is left unread would reset the connection
-                client.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"result": [')
-                client.close()
+            def cut():
+                while True:
+                    try:
+                        client = cutting.accept()[0]
+                    except OSError:
+                        return  # the test is over
+                    while not client.recv(65536).endswith(b"}"):
+                        pass  # read the whole request: what is left unread would reset the connection
+                    client.sendall(f'HTTP/1.1 {status}\r\nContent-Length: 100\r\n\r\n{{"result": ['.encode())
+                    client.close()
 
-        threading.Thread(target=cut, daemon=True).start()
-        fails(cutting, "IncompleteRead")
+            threading.Thread(target=cut, daemon=True).start()
+            fails(cutting, match)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         fails(silent, ".*timed out", timeout=0.1)
     with socket.socket() as unused:
