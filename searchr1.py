@@ -306,7 +306,7 @@ class Batch:
         L = int(self.lengths_B[index].max())
         cut = lambda x_BT: None if x_BT is None else x_BT[index, : L - 1]
         return Batch(self.ids_BL[index, :L], cut(self.mask_BT), cut(self.old_logprobs_BT), self.lengths_B[index],
-                     cut(self.ref_logprobs_BT), cut(self.advantages_BT), cut(self.values_BT), cut(self.returns_BT))  # fmt: skip
+                     cut(self.ref_logprobs_BT), cut(self.advantages_BT), cut(self.values_BT), cut(self.returns_BT))
 
 def collate(rollouts, device="cpu", mask_retrieved=True):
     """list of B Rollouts -> Batch. Here, once, L positions become T = L-1 predictions: token t+1 is scored at t.
