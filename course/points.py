@@ -34,9 +34,11 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or CSV files that this script wrote")
     parser.add_argument("--output", default="curves.png", help="the picture; its points go beside it as CSV")
     args = parser.parse_args(argv)
-    runs, points = {}, Path(args.output).with_suffix(".csv")
-    for path in args.runs:
-        runs |= read_points(path) if path.endswith(".csv") else read_runs([path])
+    points = Path(args.output).with_suffix(".csv")
+    tables = [path for path in args.runs if path.endswith(".csv")]
+    runs = read_runs([path for path in args.runs if path not in tables])
+    for path in tables:
+        runs |= read_points(path)
     plot_runs(runs, args.output)
     write_points(runs, points)
     print(f"wrote {args.output} and {points}")

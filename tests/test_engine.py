@@ -334,7 +334,7 @@ def test_a_group_needs_its_slots(model, tokenizer):
 def test_slots_may_be_a_number_and_none_is_one_a_conversation(model, tokenizer, monkeypatch):
     """Claim: slots says how many rows are in flight, as Slots or as an int. None, on a CPU, is one a conversation, but
     no more than CACHE_BYTES hold, and at least a group.
-    Fails if: run makes as many whatever the int says, slots_for forgets a bound, or run the group.
+    Fails if: run makes as many whatever the int says, slots_for forgets the bytes, or run the group.
     """
     seen, plain = set(), engine.feed
     monkeypatch.setattr(engine, "feed", lambda *args: seen.add(len(args[1].lengths)) or plain(*args))

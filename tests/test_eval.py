@@ -804,11 +804,13 @@ def test_curves_of_several_runs_go_into_one_picture(tmp_path, figures):
     drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in figures[0].axes]
     assert drawn == [[[[0, 0.1]]], [[[0, 0.0]]], [[[0, 0.3]]], [[[1, 0.5]]], [[[1, 0.1]]]]
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "c.png").stat().st_size > 20000
+    shutil.copytree(tmp_path / "a", tmp_path / "b" / "a")
+    points.main([*(str(tmp_path / source) for source in ("a", "b/a")), "--output", str(tmp_path / "twins.png")])
+    assert len({line.split(",")[0] for line in (tmp_path / "twins.csv").read_text().splitlines()[1:]}) == 2
     for sources, name in ((("a", "b"), "d"), (("d.csv",), "e")):
         points.main([*(str(tmp_path / source) for source in sources), "--output", str(tmp_path / f"{name}.png")])
         assert (tmp_path / f"{name}.png").read_bytes() == (tmp_path / "c.png").read_bytes()
     assert (tmp_path / "e.csv").read_text() == (tmp_path / "d.csv").read_text() != ""
-    shutil.copytree(tmp_path / "a", tmp_path / "b" / "a")
     both = evaluation.read_runs([tmp_path / "a", tmp_path / "b" / "a"])
     assert list(both) == ["a", str(tmp_path / "b" / "a")] and both["a"] == both[str(tmp_path / "b" / "a")] == runs["a"]
 

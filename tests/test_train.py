@@ -983,7 +983,7 @@ def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
     ):
         with pytest.raises(Mistake, match=message):
             train.main(flags)
-    Path("run/checkpoint-best").mkdir()  # somebody's copy
+    shutil.copytree("run/checkpoint-2", "run/checkpoint-best")  # somebody's copy
     train.main(run + ["--resume", "run", "--steps", "3"])
     assert [line["step"] for line in metrics("run")] == [0, 1, 2, 3]
     assert json.loads(Path("run/config.json").read_text())["steps"] == 3
