@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from kernels import matmul_fp32
+from kernels import bf16_units, matmul_fp32
 
 GPU_SLOTS = 64  # conversations in flight on a GPU
 CACHE_BYTES = 8 * 2**30  # of keys and values: beside the weights of a 3B model this fits 24 GB
@@ -226,7 +226,8 @@ def feed(policy, slots, rows, blocks):
     weight_VD = policy.get_output_embeddings().weight
     if slots.device.type == "cpu":
         slots.head = weight_VD.float() if slots.head is None else slots.head
-        return last_nD.float() @ slots.head.T
+        with bf16_units(policy.dtype):
+            return last_nD.float() @ slots.head.T
     return matmul_fp32(last_nD, weight_VD.T)
 
 # ----- 3. Sampling -----

@@ -23,6 +23,7 @@ c columns of a slice, K slices, D hidden. All sums are fp32, whatever dtype the 
     python tests/bench_kernels.py      time, memory and error of this file and of the usual expression
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -271,7 +272,20 @@ def matmul_fp32(a, b):
         b = b.to(a.dtype)  # fp32 master weights under bf16 hidden states: only a slice is converted at a time
         if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
             return torch.mm(a, b, out_dtype=torch.float32)
-        return a.float() @ b.float()
+        with bf16_units(a.dtype):
+            return a.float() @ b.float()
+
+@contextlib.contextmanager
+def bf16_units(dtype):
+    """Inside, a CPU that can multiplies fp32 copies of bf16 numbers on its bf16 units, which is as exact (see above)
+    and two to three times as fast. For any other dtype nothing changes: fp32 numbers would be rounded to bf16."""
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 def slice_of_logits(rows, weight, index_n, v, chunk):
     """Columns [v, v + chunk) of the active rows -> (their logits [R, c], which of those R rows are active or None)."""

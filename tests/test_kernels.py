@@ -400,6 +400,22 @@ def test_bf16_models_get_fp32_logits_and_gradients_that_are_summed_in_fp32(impl)
     assert (hidden.grad.double() - hidden64.grad).norm() < 4e-3 * hidden64.grad.norm()
 
 
+def test_bf16_units_multiply_bf16_numbers_only():
+    """Claim: inside bf16_units(bf16) a CPU may multiply fp32 copies on its bf16 units; fp32 numbers, which these would
+    round, are multiplied as before. Afterwards the switch is what it was, even if the product failed.
+    Fails if: the switch is thrown for every dtype (`"bf16" if dtype == torch.bfloat16 else before` -> `"bf16"`), or
+    stays thrown (its last line is taken out, or stands behind the `yield` without `finally`).
+    """
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    with kernels.bf16_units(torch.float32):
+        assert switch.fp32_precision == before != "bf16"
+    with pytest.raises(ZeroDivisionError), kernels.bf16_units(torch.bfloat16):
+        assert switch.fp32_precision == "bf16"
+        raise ZeroDivisionError
+    assert switch.fp32_precision == before
+
+
 def test_autocast_and_fp32_master_weights_do_not_round_the_logits(impl):
     """Claim: the result inside torch.autocast equals the one outside. bf16 hidden states work with an fp32 weight,
     whose gradient is fp32.
