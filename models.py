@@ -99,17 +99,17 @@ LAPTOP = {
     "max_length": 448, "top_k": 1, "easy_first": True, "eval_every": 20, "eval_limit": 100, "save_every": 5,
 }  # fmt: skip
 LAPTOP_ONE = {"batch_size": 40, "group_size": 1}
-LAPTOP_FORMAT = {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4, "eval_every": 20}
+LAPTOP_FORMAT = {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4}
 
 # The tiny world. What sft imitates is right from the first step, so nothing is learned by that measure.
-FINE_TUNING = {"kl_coef": 0.0, "minibatches": 1, "until_learned": False}
+IMITATION = {"kl_coef": 0.0, "minibatches": 1, "until_learned": False}
 
 PRESETS = {
     "tiny/grpo": {},
     "tiny/ppo": {"batch_size": 240, "group_size": 1, "kl_in": "reward"},
     "tiny/reinforce": {"batch_size": 240, "group_size": 1},
-    "tiny/sft": FINE_TUNING | {"batch_size": 240, "group_size": 1, "steps": 100},
-    "tiny/rejection": FINE_TUNING | {"batch_size": 96, "steps": 60},
+    "tiny/sft": IMITATION | {"batch_size": 240, "group_size": 1, "steps": 100},
+    "tiny/rejection": IMITATION | {"batch_size": 96, "steps": 60},
     "real/grpo": REAL,  # any --model, --train-data, --corpus
     "real/ppo": REAL | REAL_PPO,
     "real/reinforce": REAL | REAL_REINFORCE,
