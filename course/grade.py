@@ -176,6 +176,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.folder) == bool(args.run):
         raise Mistake("give DIR, or --run RUN")
+    if args.run and (args.exercises or args.bughunt):
+        raise Mistake("--run grades a run: leave out --exercises and --bughunt")
     if args.run:
         torch.manual_seed(0)
         checks = grade_run(args.run)

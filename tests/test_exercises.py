@@ -221,6 +221,7 @@ def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, 
     Path(ck, "search_r1.json").write_text(json.dumps(settings | {"world_seed": 5}))
     assert "the checkpoint is of this world" in graded()
     assert "is not the folder of a run" in refused(grade.main, ["--run", "nowhere"])
+    assert "leave out --exercises and --bughunt" in refused(grade.main, ["--run", "nowhere", "--bughunt", "ada"])
 
 
 # ----- The map -----
