@@ -104,8 +104,8 @@ def test_an_engine_that_loses_a_query_is_an_error(short_prompt):
 def test_the_cached_rollout_equals_encoding_everything_again(model, tokenizer):
     """Claim: greedy, ragged, over several turns: each sampled token is the argmax of one plain forward pass over all
     ids before it, without a cache.
-    Fails if: positions start at 0 for a new block (`starts_n1 +` dropped in place), or the last sampled token of a turn
-    is not fed before the passages (`slots.lengths[row] :` -> `slots.lengths[row] + 1 :` in pending).
+    Fails if: positions start at 0 for a new block (`starts_n1 + steps_T` -> `0 * starts_n1 + steps_T` in place), or the
+    first id of a prompt is not fed (`slots.lengths[row] :` -> `slots.lengths[row] + 1 :` in pending).
     """
     rollouts = sampled(model, tokenizer, 0.0)
     for r in rollouts:
@@ -212,11 +212,14 @@ def test_blocks_are_fed_in_pieces_that_fit(model, monkeypatch):
     want = engine.feed(model, engine.Slots(model, 6, 64), rows, blocks)
     shapes, plain = [], engine.hidden_states
     spy = lambda policy, block, ids: shapes.append((len(ids), block.width)) or plain(policy, block, ids)
-    monkeypatch.setattr(engine, "FEED_TOKENS", 16)
     monkeypatch.setattr(engine, "hidden_states", spy)
-    slots = engine.Slots(model, 6, 64)
-    torch.testing.assert_close(engine.feed(model, slots, rows, blocks), want, atol=1e-5, rtol=0)
-    assert slots.lengths == [2, 3, 30, 4, 5, 7] and all(n == 1 or n * width <= 16 for n, width in shapes)
+    for limit in (16, 64):
+        shapes.clear()
+        monkeypatch.setattr(engine, "FEED_TOKENS", limit)
+        slots = engine.Slots(model, 6, 64)
+        torch.testing.assert_close(engine.feed(model, slots, rows, blocks), want, atol=1e-5, rtol=0)
+        assert slots.lengths == [2, 3, 30, 4, 5, 7] and all(n == 1 or n * width <= limit for n, width in shapes)
+    assert len(shapes) == 3  # 64 hold two rows of 30
 
 
 # ----- Sampling -----
@@ -335,7 +338,7 @@ def test_a_group_needs_its_slots(model, tokenizer):
 def test_slots_may_be_a_number_and_none_is_one_a_conversation(model, tokenizer, monkeypatch):
     """Claim: slots says how many rows are in flight, as Slots or as an int. None, on a CPU, is one a conversation, but
     no more than CACHE_BYTES hold, and at least a group.
-    Fails if: run makes as many whatever the int says, slots_for forgets the bytes, or run the group.
+    Fails if: run makes one a conversation whatever the int says, slots_for forgets the bytes, or run the group.
     """
     seen, plain = set(), engine.feed
     monkeypatch.setattr(engine, "feed", lambda *args: seen.add(len(args[1].lengths)) or plain(*args))
@@ -380,8 +383,8 @@ def test_a_call_on_a_prompt_of_its_own_begins_empty_and_the_conversation_goes_on
     """Claim: greedy, each token of a conversation and of its calls is the argmax of a plain forward pass over its own
     record, with its log-prob: beside other rows, with fewer slots than conversations, and where the lengths of
     the two records make one look like the other.
-    Fails if: a slot keeps its keys when its record changes (`slots.lengths[row] = 0` dropped beside `talk.held`), or
-    writing() does not ask whether the slot holds this record.
+    Fails if: a slot keeps its keys when its record changes (`talk.held, slots.lengths[row] = talk.context, 0` ->
+    `talk.held = talk.context` in restart), or writing() does not ask whether the slot holds this record.
     """
     records = wander(model, slots and engine.Slots(model, slots, 700, static))
     assert len(records) > 30 and min(len(r.sampled) for r in records) >= 3

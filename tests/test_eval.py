@@ -649,7 +649,7 @@ def test_who_does_not_search_needs_no_corpus(files, asked, capsys):
 def test_the_table_has_a_row_a_method_and_the_average_of_the_sets(files, capsys, monkeypatch):
     """Claim: the average is the plain mean over sets, whatever their sizes. What a method does not have is "-". JSON
     holds one record a method, set and question, and metrics and intervals that follow from them.
-    Fails if: the average weighs sets by their questions, or fixed_sample is drawn from all sets together.
+    Fails if: the average weighs sets by their questions, or comparison_table gives 0 for what a method does not have.
     """
     Path("two.jsonl").write_text("".join(Path("two.jsonl").read_text().splitlines(True)[:2]))
     right = [data.NAMES["person"][i] for i in (0, 3, 20)]  # two of seven questions, and one of two
@@ -762,7 +762,7 @@ def test_flags_that_contradict_each_other_are_one_line(checkpoint, monkeypatch, 
 
 def test_the_demonstration_runs(capsys):
     """Claim: `python searchr1.py --demo` shows two searches, a dimmed passage and a reward of 1.
-    Fails if: the demo's script and its engine no longer fit.
+    Fails if: demo() leaves out `colour=True`, or its Settings have max_turns=1.
     """
     searchr1.demo()
     out = capsys.readouterr().out
@@ -792,7 +792,7 @@ def undrawn(monkeypatch):
 def test_curves_of_several_runs_go_into_one_picture(tmp_path, figures):
     """Claim: --plot draws runs with and without hops, of different length, into a PNG: hops in panels of their own, in
     place of EM over all questions. course.points draws the same, and again from the points that it writes beside it.
-    Fails if: plot_runs indexes a metric that a run does not have; or leaves out eval/em of a run without hops, because
+    Fails if: curve indexes a metric that a run does not have, or leaves out eval/em of a run without hops, because
     another run has hops; write_points drops the run's name; or of two runs of one name only the last is read.
     """
     hops = {"eval/em_1hop": 0.1, "eval/em_2hop": 0.0, "eval/em": 0.05}
@@ -916,7 +916,7 @@ def test_what_is_printed_live_is_the_transcript(short_prompt, monkeypatch, turns
 def test_tokens_appear_as_they_are_sampled(short_prompt, monkeypatch):
     """Claim: after each token all that is certain stands on the screen: text at once, a character of three bytes with
     its third, an opening tag when it is complete, in its colour.
-    Fails if: ask() leaves r.append as it is, or `<[a-z]{0,6}` from UNSETTLED.
+    Fails if: ask() leaves r.append as it is, or UNSETTLED lacks `<[a-z]{0,6}`.
     """
     conversation = scripted(["ab日 <b<answer>c</answer>"])
     terminal, stands, live = on_terminal(monkeypatch), [], evaluation.live

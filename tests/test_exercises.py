@@ -230,7 +230,7 @@ def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, 
 def test_every_equation_line_and_departure_is_cited_where_it_happens(capsys):
     """Claim: no tag is unknown. Each equation, each line of Algorithm 1 and each departure has a tag at its place,
     apart from the list of departures at the top of a file, and each departure is defined once.
-    Fails if: a tag goes, is misspelled, or a departure is only listed.
+    Fails if: the last tag of an equation, line or departure goes, one is misspelled, or a departure is only listed.
     """
     tags = paper_map.tags()
     assert {tag for tag, *_ in tags} <= set(paper_map.KNOWN)

@@ -118,7 +118,7 @@ def test_each_method_over_graphs_is_the_plain_one(graphs, tokenizer, method):
 def test_two_sets_of_slots_and_two_roles_side_by_side(graphs, tokenizer):
     """Claim: policy and reference of one adapted model, each with slots of its own, as in rejection sampling, give what
     they give without graphs, in turn and again.
-    Fails if: both are given slots["policy"]: a graph has one role for ever, as the last line shows.
+    Fails if: all Slots share one dict of graphs (`steps`): a graph has one role for ever, as the last line shows.
     """
     policy, make = graphs
     adapt(policy, ("policy",), 3, 30.0)
@@ -323,7 +323,7 @@ class FakeCard(TorchFunctionMode):
 def test_bodies_adapters_critic_and_logprobs_stay_on_the_card(kind, rank):
     """Claim: bf16 bodies with fused norms, adapters of two roles, the critic, log-probs of policy and reference: every
     tensor is on the card, in the dtype that it should have.
-    Fails if: new_state makes its tensor, or statistics_twin its columns, without `device=`.
+    Fails if: new_state makes its tensor without `device=`.
     """
     networks = make_models(shaped(kind, dtype=torch.bfloat16), train.Config(algo="ppo", lora_rank=rank))
     models.fuse_norms(networks.policy)
@@ -345,7 +345,7 @@ def test_bodies_adapters_critic_and_logprobs_stay_on_the_card(kind, rank):
 
 def test_advantages_and_losses_stay_on_the_card():
     """Claim: rewards at the end, GAE, whitening, group advantages, all losses and KLs make no tensor on the CPU.
-    Fails if: rewards_at_end makes its zeros or its arange without `device=`.
+    Fails if: rewards_at_end makes its zeros without `device=`.
     """
     with FakeCard():
         kinds = torch.float32, torch.float32, torch.bool
@@ -404,8 +404,8 @@ def test_the_fake_card_refuses_a_tensor_of_the_cpu():
 
 def test_fused_norms_are_the_norms(tokenizer):
     """Claim: with fuse_norms the hidden states of Llama, Qwen2 and Qwen3 are the same up to rounding, gradients, too; a
-    copy (the reference) has its own norms; a decoding step starts fewer kernels.
-    Fails if: fuse_norms leaves out the weight, takes torch's own epsilon, or skips a family.
+    copy (the reference) has its own norms.
+    Fails if: fuse_norms leaves out the weight, or takes torch's own epsilon.
     """
     for kind in ("Qwen2", "Qwen3", "Llama"):
         plain, ids = shaped(kind), torch.randint(100, (2, 9))
@@ -461,8 +461,8 @@ class Kernels(TorchDispatchMode):
 )
 def test_a_decoding_step_starts_so_many_kernels_a_layer(monkeypatch, kind, rank, plain, fused):
     """Claim: models.STEP_KERNELS and ADAPTER_KERNELS are what a bf16 step starts in a layer, two more for Qwen3's norms
-    of queries and keys; without fused norms it is half as many again.
-    Fails if: Adapted adds its product in another kernel (`addmm_` -> `+ ... @`), or fuse_norms does nothing.
+    of queries and keys; without fused norms it starts 14 more (Qwen3: 28).
+    Fails if: Adapted adds its product in another kernel (`+` instead of `addmm_`), or fuse_norms does nothing.
     """
 
     def count(layers, fuse):

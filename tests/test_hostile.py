@@ -193,7 +193,8 @@ HALF_ANSWER = b'{"result": [[{"document": {"id": "\\ud800", "contents": "\\udfff
 def test_a_hostile_file_is_read_or_refused_in_one_line(tmp_path_factory, lines, contents):
     """Claim: any bytes in a file of questions or passages give records whose texts can be encoded and printed, or one
     line that names the file.
-    Fails if: load_questions or split_contents leaves out whole_characters, or either lets a RecursionError through.
+    Fails if: load_questions or split_contents leaves out whole_characters, or load_questions or parse_passage lets a
+    RecursionError through.
     """
     folder = tmp_path_factory.getbasetemp()
     for name, rows, load in (("q.jsonl", lines, load_questions), ("p.jsonl", contents, load_passages)):

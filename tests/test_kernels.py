@@ -419,8 +419,8 @@ def test_bf16_units_multiply_bf16_numbers_only():
 def test_autocast_and_fp32_master_weights_do_not_round_the_logits(impl):
     """Claim: the result inside torch.autocast equals the one outside. bf16 hidden states work with an fp32 weight,
     whose gradient is fp32.
-    Fails if: matmul_fp32 leaves autocast on (`enabled=False` -> `enabled=True, dtype=torch.bfloat16`), or
-    `b = b.to(a.dtype)` is taken out.
+    Fails if: matmul_fp32 leaves autocast as it is (`torch.autocast(a.device.type, enabled=False)` ->
+    `contextlib.nullcontext()`); on a GPU also if `b = b.to(a.dtype)` is taken out.
     """
     hidden, weight, target = rand(5, 16), rand(70, 16).requires_grad_(), integers(70, 5)
     plain = fused_linear_logprob_kl(hidden, weight, target, impl=impl).logp

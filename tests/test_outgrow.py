@@ -57,7 +57,7 @@ def test_retrieved_tokens_get_no_gradient_in_the_loss_of_trl(trainer, monkeypatc
 def test_a_conversation_in_trl_is_ours_token_for_token(trainer):
     """Claim: with the same weights, seed and questions, TRL trains on the ids, the mask and the log-probs of our own
     rollout, and pays our reward.
-    Fails if: carried_over decodes anything, or cuts prompt and response one token off.
+    Fails if: carried_over cuts the prompt alone, or the response alone, one token off, or converse leaves the seed out.
     """
     trainer, environment = trainer
     rows = environment.stream()

@@ -177,8 +177,8 @@ def test_passages_are_read_as_the_official_corpus_has_them(tmp_path):
 def test_a_bad_passage_is_named_by_file_and_line(tmp_path, line):
     """Claim: malformed JSON, broken UTF-8, missing keys, contents that are no string and no text each give one line
     with the file, the line number and how that line begins. So do an id that appears twice and a file without passages.
-    Fails if: parse_passage does not look at `text` or suppresses one kind of error less, or load_passages does not
-    look at `seen` or `offsets`.
+    Fails if: parse_passage does not look at `text` or lets a ValueError, KeyError, TypeError or AttributeError through,
+    or load_passages does not look at `seen` or `offsets`.
     """
     file = tmp_path / "passages.jsonl"
     file.write_bytes(b'{"id": "0", "contents": "\\"T\\"\\ntext"}\n' + line + b"\n")
@@ -224,7 +224,7 @@ def test_a_gz_is_unpacked_and_one_that_is_cut_short_is_refused(corpus, tmp_path)
     (tmp_path / "packed.jsonl").unlink()
     with pytest.raises(ValueError, match="not a whole gzip file"):
         load_passages(packed)
-    assert not list(tmp_path.glob("packed.jsonl*part")) and not (tmp_path / "packed.jsonl").exists()
+    assert not list(tmp_path.glob("packed.jsonl*.unfinished")) and not (tmp_path / "packed.jsonl").exists()
     packed.write_bytes(gzip.compress(b"")[:10] + b"\xff" * 99)  # a block of a kind that does not exist
     with pytest.raises(ValueError, match="not a whole gzip file"):
         load_passages(packed)
@@ -265,7 +265,7 @@ def test_a_gz_that_is_a_tar_archive_gives_its_first_file(corpus, tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress((tmp_path / "whole.tar").read_bytes()[:9000]))
     with pytest.raises(ValueError, match="not a whole gzip file"):
         load_passages(tmp_path / "cut.jsonl.gz")
-    assert not list(tmp_path.glob("cut.jsonl*part")) and not (tmp_path / "cut.jsonl").exists()
+    assert not list(tmp_path.glob("cut.jsonl*.unfinished")) and not (tmp_path / "cut.jsonl").exists()
 
 
 @pytest.mark.parametrize("mode, old, new", [("w", "älter", "neü"), ("wb", b"old\xff", b"new\xff")])
@@ -328,8 +328,8 @@ def test_a_flat_index_on_the_card_finds_what_faiss_finds(monkeypatch, tmp_path):
     """Claim: one fp16 matrix product and a top-k give FAISS Flat's scores up to rounding, and its rows wherever two
     scores are further apart than that, for more queries than one piece holds. load_engine takes it for a Flat index
     whose encoder is on a GPU, if it fits, and counts its bytes; with device="cpu" nothing goes to the card.
-    Fails if: the pieces are put together in another order, FlatOnCard multiplies by the rows of a piece only, or
-    load_engine does not look at CARD_BYTES.
+    Fails if: the pieces are put together in another order, FlatOnCard gives scores in fp16, or load_engine does not
+    look at CARD_BYTES or at the kind of the index.
     """
     vectors_NE = np.random.default_rng(0).standard_normal((300, 32)).astype(np.float32)
     vectors_NE /= np.linalg.norm(vectors_NE, axis=1, keepdims=True)
@@ -349,13 +349,15 @@ def test_a_flat_index_on_the_card_finds_what_faiss_finds(monkeypatch, tmp_path):
     lines = [json.dumps({"id": str(i), "contents": f"T{i}\nword{i}"}) for i in range(9)]
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
     build(tmp_path / "c.jsonl", tmp_path / "index", {"encoder": "hashed"})
+    build(tmp_path / "c.jsonl", tmp_path / "graph", {"encoder": "hashed"}, "HNSW")
     monkeypatch.setattr(retrieval, "make_encoder", on_card)
     monkeypatch.setattr(retrieval, "FlatOnCard", lambda index, device: FlatOnCard(index, "cpu"))
     card, cpu = load_engine(tmp_path / "index"), load_engine(tmp_path / "index", device="cpu")
+    graph = load_engine(tmp_path / "graph")
     monkeypatch.setattr(retrieval, "CARD_BYTES", 2 * 9 * 512 - 1)
-    full = load_engine(tmp_path / "index")
-    assert [type(e.ranker.index) is FlatOnCard for e in (card, cpu, full)] == [True, False, False]
-    assert [e.bytes_on_card for e in (card, cpu, full)] == [retrieval.ENCODER_BYTES + 9216, 0, retrieval.ENCODER_BYTES]
+    engines, encoder = (card, cpu, graph, load_engine(tmp_path / "index")), retrieval.ENCODER_BYTES
+    assert [type(e.ranker.index) is FlatOnCard for e in engines] == [True, False, False, False]
+    assert [e.bytes_on_card for e in engines] == [encoder + 9216, 0, encoder, encoder]
     assert card.search(["word4"], 1) == cpu.search(["word4"], 1)
 
 
@@ -413,8 +415,8 @@ def test_every_kind_of_index_finds_the_same_and_is_as_large_as_predicted(tmp_pat
     """Claim: on 10000 clustered unit vectors HNSW, IVF-SQ8, IVF-SQ4 and IVF-PQ find most of what Flat finds. The files
     have the predicted size, within 10 %.
     A kind that does not exist or does not fit is a ValueError.
-    Fails if: plan_index loses its search settings (one cell is searched), METRIC_INNER_PRODUCT is METRIC_L2 without
-    norm 1, or a RuntimeError of FAISS passes make_index.
+    Fails if: plan_index loses its search settings (one cell is searched) or forgets ids_and_centres, or a RuntimeError
+    of FAISS passes make_index.
     """
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((60, 16))
@@ -620,6 +622,7 @@ def test_a_killed_build_continues_and_ends_in_the_same_index(corpus, tmp_path, m
     kill(encode, 2)
     with pytest.raises(ValueError, match="no encoder could be loaded"):
         build("passages.jsonl", "killed", {"encoder": "no/such-encoder"})
+    assert len(list(Path().glob("killed.*.partial"))) == 2  # another encoder has a folder of its own
     time_ns = corpus.stat().st_mtime_ns
     os.utime(corpus, ns=(time_ns, time_ns + 1))
     kill(encode, 1)
@@ -706,7 +709,7 @@ def test_the_server_speaks_the_official_protocol(server):
 )
 def test_a_bad_request_is_answered_in_one_line(server, body, headers, status, why):
     """Claim: a bad request gets 400 or 413 and one line that says what is needed. The next request is served.
-    Fails if: a check of Handler.do_POST is taken out, or a bool counts as a number.
+    Fails if: a check of Handler.do_POST is taken out, except that of the path, or a bool counts as a number.
     """
     got, answer = post(server, body, **headers)
     assert got == status and why in answer["error"] and "\n" not in answer["error"]
@@ -802,8 +805,8 @@ def test_the_client_retries_a_broken_server_and_then_says_so(server, monkeypatch
 def test_the_client_never_invents_an_empty_result():
     """Claim: an answer that is cut short, an error whose reason never comes, silence and a refused connection are tried
     again, then there is one SearchFailed with the address. Without a query that is not empty, nobody is asked.
-    Fails if: HttpEngine.search_scores does not catch HTTPException or OSError, also while it reads why a server failed,
-    or ends in empty lists.
+    Fails if: HttpEngine.search_scores does not catch HTTPException, or OSError, this one also while it reads why a
+    server failed; or ends in empty lists.
     """
 
     def fails(socket, match, **settings):
@@ -840,7 +843,7 @@ def test_the_client_never_invents_an_empty_result():
 def test_one_word_says_which_engine(server, corpus, tmp_path):
     """Claim: a file, a folder, bm25: before either, and a URL all give the same call, with the answers of the engine
     that was named.
-    Fails if: engine_from looks for a folder before it looks for http://, or ignores bm25:.
+    Fails if: engine_from takes a URL for a file, or ignores bm25:.
     """
     build(corpus, tmp_path / "index", {"encoder": "hashed"})
     vectors, words = build_index(load_passages(corpus)), by_words(corpus)

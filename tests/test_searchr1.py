@@ -293,8 +293,8 @@ HACKS = {
 def test_what_a_policy_can_try_and_what_it_earns(short_prompt, hack):
     """Claim: exact match pays for the answer and for nothing else; F1 pays a part for lists and repetitions; the format
     reward pays for a form without an answer. (The table stands in course/METRICS.md.)
-    Fails if: turn_ended looks for no tags (text after the first pair would count), or extract_answer takes a pair that
-    holds a tag.
+    Fails if: turn_ended looks for no tags (text after the first pair would count), or extract_answer takes the
+    innermost pair (`<answer>(.*?)</answer>` -> `.*<answer>(.*?)</answer>`): nested tags would be paid.
     """
     turn, em, f1, shaped = HACKS[hack]
     r, _, _ = played([turn], max_turns=1)
@@ -456,7 +456,7 @@ def test_without_the_mask_retrieved_tokens_are_trained_and_the_prompt_is_not(mod
 
 def test_more_padding_changes_nothing(model, tokenizer):
     """Claim: twenty more columns of padding leave loss and gradients as they are (to rounding).
-    Fails if: token_mean divides by the number of positions (`mask.sum()` -> `mask.numel()`).
+    Fails if: token_mean divides by the number of positions (`mask.sum().clamp_min(1)` -> `mask.numel()`).
     """
     batch = batch_of(sampled(model, tokenizer, group_size=2))
     wider = lambda x: x if x is None or x.dim() == 1 else torch.nn.functional.pad(x, (0, 20))
@@ -532,6 +532,8 @@ def test_the_estimators_of_kl_have_schulmans_values_and_a_bounded_gradient():
     k3.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([1 - e, 1 - 1 / e, 1 - e**2, 0, 0])
 
+
+# ----- 7. Advantages (Eq. 2, Eq. 3) -----
 
 
 REWARDS = torch.tensor([[0.0, 1.0, 0.0, 2.0, 0.0, 3.0]])

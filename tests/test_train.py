@@ -72,7 +72,8 @@ def update(policy, reference, batch, critic=None, **values):
 def test_every_rollout_is_paid_for_its_own_question(small_base, tokenizer, monkeypatch):
     """Claim: [Eq. 4] in the loop, rollout i is scored against the gold answers of the question that stands in its
     prompt.
-    Fails if: `rewards` reads rollouts[0].question, or rollout() gives the members of a group different questions.
+    Fails if: rewards() reads rollouts[0].question, for em_B or for rewards_B, or rollout() gives the members of a group
+    different questions.
     """
     seen, paid, rewards, outcome = [], [], train.rewards, train.outcome_reward
     note = lambda answer, gold: paid.append((answer, gold)) or outcome(answer, gold)
@@ -85,13 +86,13 @@ def test_every_rollout_is_paid_for_its_own_question(small_base, tokenizer, monke
 
     monkeypatch.setattr(train, "outcome_reward", note)
     monkeypatch.setattr(train, "rewards", spy)
-    train.main(SMALL + ["--steps", "1", "--output-dir", "run"])
+    train.main(SMALL + ["--steps", "1", "--reward", "em", "--output-dir", "run"])
     ((rollouts, paid),) = seen
     prompts = [tokenizer.decode(r.ids[: r.prompt_length]) for r in rollouts]
     asked = [re.search("<question> (.*) </question>", prompt)[1].replace(" ", "") for prompt in prompts]
     gold = {q.text.replace(" ", ""): q.gold_answers for q in data.make_world(0).train}
     assert len(rollouts) == 20 and len(set(asked)) > 2
-    assert paid == [(r.answer, gold[text]) for r, text in zip(rollouts, asked)]
+    assert paid == 2 * [(r.answer, gold[text]) for r, text in zip(rollouts, asked)]  # exact match, and the reward
     assert asked[::4] == asked[1::4] == asked[2::4] == asked[3::4]  # groups stand in a row
 
 
@@ -181,8 +182,8 @@ def test_kl_in_the_reward_is_k1_of_the_policys_tokens(tokenizer, model):
 
 @pytest.mark.paper
 def test_without_the_mask_retrieved_tokens_are_trained_like_the_policys_own(small_base, monkeypatch):
-    """Claim: [Table 4] with --no-mask every token after the prompt is trained, each at the log-prob that the policy
-    gives it. With the mask only what the policy wrote is.
+    """Claim: [Table 4] with --no-mask every token after the prompt is trained, each with an old log-prob (none is 0).
+    With the mask only what the policy wrote is.
     Fails if: train() hands collate no mask_retrieved, or `config.no_mask or` is dropped in token_rewards: nobody
     sampled the retrieved tokens, and their old log-probs would be 0.
     """
@@ -503,7 +504,7 @@ def test_rejection_sampling_imitates_the_base_models_right_rollouts(small_base, 
 
 def test_the_same_seed_gives_the_same_metrics_twice(small_base):
     """Claim: two runs of one command log the same numbers (but for times), another seed others; something was learned.
-    Fails if: train() hands rollout() None for its generator.
+    Fails if: writer hands rollout() None for its generator.
     """
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train.main(SMALL + ["--steps", "1", "--output-dir", name, "--seed", str(seed)])
@@ -547,7 +548,7 @@ def test_every_variant_runs_and_leaves_a_whole_run_behind(small_base, flags):
 def test_slots_bound_what_is_in_flight_and_change_nothing_else(small_base, monkeypatch):
     """Claim: with --slots 4 the rollouts of a step and of an evaluation work in four slots, the same ones through the
     whole run, and the metrics are those of a run with a slot for each rollout.
-    Fails if: train() hands rollout() or evaluate() no slots, or makes them without config.slots.
+    Fails if: writer hands rollout() no slots or makes them without config.slots, or evaluation() hands evaluate() none.
     """
     run, used = engine.run, []
     monkeypatch.setattr(engine, "run", lambda *args: used.append(args[-1]) or run(*args))
@@ -566,7 +567,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(small_base, monkeypatch, flags):
     """Claim: killed after step 1 of 2 and resumed, the metrics and weights are those of a run that was left alone. Of
     the checkpoints of a run only the newest keeps what resuming needs.
     Fails if: restore() forgets the optimiser or where the policy was, a step's randomness depends on earlier steps, or
-    `older.unlink()` goes from save_checkpoint.
+    tidy leaves the trainer states of older checkpoints.
     """
     run, save = SMALL + flags + ["--steps", "2", "--save-every", "1"], train.save_checkpoint
 
@@ -632,6 +633,7 @@ def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, cap
         train.main(run + ["--output-dir", "stopped"])
     assert stopped.value.code == 130 and len(metrics("stopped")) == 2
     assert "--resume stopped" in capsys.readouterr().out
+    assert Path("stopped/checkpoint-1/trainer_state.pt").exists()  # else --resume would begin anew
     monkeypatch.setattr(data, "draw_questions", draw)
     train.main(["--resume", "stopped"])
     assert metrics("stopped") == metrics("whole")
@@ -640,7 +642,8 @@ def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, cap
 def test_a_search_engine_that_goes_away_ends_the_run_and_loses_no_step(small_base, monkeypatch):
     """Claim: if the engine fails in step 3, the run ends with its address, steps 1 and 2 are kept, and resumed it is
     the run in which the engine never failed. No rollout is trained on without its passages.
-    Fails if: train catches SearchFailed and goes on, or saves under the number of the step that failed.
+    Fails if: train catches SearchFailed and goes on, or orderly_end saves nothing, or under the number of the step that
+    failed.
     """
     run = SMALL + ["--steps", "3", "--eval-every", "9", "--batch-size", "25", "--device", "cpu"]  # enough to search
     train.main(run + ["--output-dir", "whole"])
@@ -659,6 +662,7 @@ def test_a_search_engine_that_goes_away_ends_the_run_and_loses_no_step(small_bas
     monkeypatch.setattr(train, "load_run", gone_later)
     with pytest.raises(SearchFailed, match="nowhere did not answer; saved after step 2, continue with"):
         train.main(run + ["--output-dir", "broken"])
+    assert Path("broken/checkpoint-2/trainer_state.pt").exists()  # else --resume would begin anew
     monkeypatch.setattr(train, "load_run", load_run)
     train.main(["--resume", "broken"])
     assert metrics("broken") == metrics("whole")
@@ -726,7 +730,7 @@ def test_what_looks_ill_is_said_in_words_and_a_healthy_run_is_left_alone():
     are no sign once they are high, or without groups; a large loss is one where advantages have a baseline.
     What a step does not report counts as nothing, not as 0.
     Fails if: a bound of health is turned round (`now(name) < 0.8` -> `>`), it looks at the first steps twice, `abs`
-    is dropped, or its means are over five steps.
+    is dropped, or its mean divides by len(part), steps that do not report the name included.
     """
     well = {"entropy": 0.6, "kl": 0.3, "grad_norm": 0.5, "env/ratio_of_valid_action": 0.9, "env/finish_ratio": 0.9,
             "frac_reward_zero_std": 0.8, "reward/mean": 0.1}  # fmt: skip
@@ -769,7 +773,7 @@ def test_a_step_counts_rollouts_without_room_and_queries_asked_twice():
 
 def test_no_script_asks_what_time_it_is():
     """Claim: a clock that jumps changes nothing: durations come from clocks that only run on.
-    Fails if: SearchFailed waits by time.time() instead of time.monotonic().
+    Fails if: HttpEngine waits by time.time() instead of time.monotonic().
     """
     asking = {"time.time", "time.ctime", "time.localtime", "time.gmtime", "datetime.now", "datetime.datetime.now"}
     for file in Path(train.__file__).parent.glob("*.py"):
@@ -779,7 +783,7 @@ def test_no_script_asks_what_time_it_is():
 
 def test_a_collapse_is_told_once_and_ends_the_run_if_asked(small_base, monkeypatch, capsys):
     """Claim: a sign is told once and not at every step; --stop-on-collapse saves that step and ends there.
-    Fails if: train() tells all signs each time (`- told` dropped), or does not look at the flag.
+    Fails if: tell_signs tells all signs each time (`- told` dropped), or train() does not look at the flag.
     """
     monkeypatch.setattr(train, "health", lambda records, config: ["it burns"] if len(records) > 1 else [])
     train.main(SMALL + ["--steps", "4", "--output-dir", "on"])
@@ -1137,7 +1141,8 @@ def test_out_of_memory_is_one_line_that_names_the_flags_and_loses_no_step(
 ):
     """Claim: memory that runs out in step 1 or 2 ends the run with the flags to lower; the steps before it are saved,
     and resumed it is the run that had enough. If the step had moved the policy already, the line says so.
-    Fails if: shortage_named knows the CUDA class only, orderly_end saves the next step, or update counts at its end.
+    Fails if: shortage_named knows the CUDA class only, orderly_end saves the next step, or update does not count
+    (`models.updates += 1` is dropped).
     """
     monkeypatch.chdir(tmp_path)
     run = functools.partial(short_run, loud_model("Qwen3", tokenizer), tokenizer, "broken", algo="grpo", lora_rank=2)
