@@ -50,8 +50,6 @@ class Slots:
     Whatever lies beyond is left over from an earlier row. It is never visible, since a query at position p sees keys
     0..p only, and it is overwritten when the row grows. The last column takes what padding writes.
 
-    On a GPU buffers have their full size from the start: graphs replay over fixed addresses. Elsewhere they grow.
-
     PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
     keys with new weights, and nothing complains. So `run` empties all slots first. Buffers and graphs stay: the
     optimiser changes weights in place, and a graph reads addresses. It would miss a parameter that became a new
@@ -61,11 +59,11 @@ class Slots:
         self.device = policy.get_output_embeddings().weight.device
         self.static = self.device.type == "cuda" if static is None else static
         self.most = max_length + 1  # columns; the last one is never visible
-        self.capacity = self.most if self.static else 0
+        self.capacity = self.most if self.static else 0  # a graph replays over fixed addresses; elsewhere they grow
         self.layers = []  # a pair [keys, values] a layer, each [slots, heads, capacity, d]
         self.lengths = [0] * slots
         self.head = None  # the lm_head in fp32, on a CPU, where a product of bf16 numbers would be rounded to bf16
-        self.graphs = graphs  # False: `decode` starts its kernels one by one
+        self.graphs = graphs and self.static  # False: each kernel of a decoding step is started by itself
         self.steps = {}  # (rows, columns) -> the static inputs and the replay of `decode`
         # PITFALL: a graph keeps addresses, not tensors. What it reads has to live as long as the graph itself.
         self.numbers = torch.arange(slots, device=self.device)
@@ -145,8 +143,6 @@ def decode(policy, block, ids_n1):
     padded to all slots, a half or an eighth of them, columns to quarters of the buffer. A graph is made when its shape
     first occurs. Padding rows are free slots: the next prompt overwrites what they write."""
     slots = block.slots
-    if not slots.graphs:
-        return hidden_states(policy, block, ids_n1)
     rows, width = shape = graph_shape(slots, len(ids_n1), block.width)
     if shape in slots.steps:
         return replayed(slots, shape, block, ids_n1)
@@ -218,7 +214,7 @@ def feed(policy, slots, rows, blocks):
         logits = [feed(policy, slots, [rows[i] for i in piece], [blocks[i] for i in piece]) for piece in pieces]
         return torch.cat(logits)[torch.tensor(order, device=slots.device).argsort()]
     ids_nT, last_n, place = slots.place(rows, blocks)
-    run = decode if slots.static and place.first and ids_nT.shape[1] == 1 else hidden_states
+    run = decode if slots.graphs and place.first and ids_nT.shape[1] == 1 else hidden_states
     hidden_nTD = run(policy, place, ids_nT)
     for row, block in zip(rows, blocks):
         slots.lengths[row] += len(block)
@@ -330,8 +326,6 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
     rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
     side changes nothing but last bits: the draw that picks a token belongs to its conversation and position."""
-    if not conversations:
-        return
     device, B = policy.get_output_embeddings().weight.device, len(conversations)
     if slots is None:
         slots = max(group_size, slots_for(policy, B, max_length))

@@ -60,7 +60,7 @@ def scores_of(r, method="search-r1"):
     return scores | ({"valid_format": check_format(policy_view(r))[0]} if method in WITH_FORMAT else {})
 
 def mean_scores(scores, hops):
-    """Scores of questions (dicts that hold at least what scores_of gives) and the questions' hops -> metrics: em, f1,
+    """Scores of questions (dicts: em, searches, what else scores_of gives) and the questions' hops -> metrics: em, f1,
     sub_em; hit (share for which a gold answer was among the passages found); searches (executed), turns (calls of the
     model), response_tokens (all that it wrote), each a question; finished (share); valid_format where the method writes
     Search-R1's format; with hops known also em_1hop, em_2hop, searches_1hop, searches_2hop."""
@@ -296,7 +296,7 @@ def kept(path, config):
     return records
 
 def make_record(r, tokenizer, method, name, position):
-    """One answered question as --json keeps it."""
+    """One answered question as --json and samples.jsonl keep it."""
     return {
         "method": method, "data": name, "position": position, "id": r.question.id, "question": r.question.text,
         "golden_answers": list(r.question.gold_answers), "hops": r.question.hops, "answer": r.answer,

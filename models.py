@@ -14,20 +14,8 @@ left. There are two ways to fit them on one card of 24 GB:
 
 Departure: [D14] P: with --lora-rank only adapters are trained. The paper trains all weights of policy and critic.
 
-A 24 GB card (22.3 GiB), predicted; tests/bench_gpu.py measures it. Peak: predict_memory, which a run prints before it
-starts, with 1.05 GiB for e5 and HotpotQA's paragraphs. Time: tests/bench_slots.py, for a card of 1 TB/s and 80
-Tflop/s (about an RTX 4090) and 80 rollouts a step of 1200 ids, 370 of them written by the policy.
-
-                  predicted peak, GiB    seconds a step    a whole run
-                     GRPO     PPO          GRPO   PPO       GRPO    PPO
-    qwen2.5-0.5b     15.9    21.8            12    21       1.3 h   2.3 h
-    qwen2.5-1.5b     14.9    15.5            28    47       2.3 h   3.9 h
-    qwen2.5-3b       21.2    21.1            52    92       4.3 h   7.7 h
-    llama-3.2-3b     19.4    20.2            74   107       6.2 h   8.9 h
-
-Measured, on an H200 cut to 24 GB: the first GRPO step of the 3b takes 18.9 GiB of the card (20.1 predicted without e5),
-that of the 0.5b 12.3 GiB in tensors (14.8). PPO and the other two have not been measured.
-
+What the presets take on a card of 24 GB, predicted, stands in README.md, "A real model on one card": predict_memory,
+whose result a run prints before it begins, and the time from tests/bench_slots.py. tests/bench_gpu.py measures both.
 A card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0.5b --lora-rank 32.
 """
 

@@ -220,9 +220,7 @@ def observation_ids(tokenizer, text, budget, closing=""):
     encode = lambda part: tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     text = text if len(text) < 50 * budget else text[: 50 * budget] + closing  # a passage of a million characters
     ids = encode(text)
-    if len(ids) <= budget:
-        return ids
-    tail = encode(closing) if closing else []
+    tail = encode(closing) if len(ids) > budget else []
     return ids[: max(0, budget - len(tail))] + tail
 
 def prompt_ids(question, tokenizer, settings):

@@ -50,13 +50,13 @@ from tqdm import tqdm
 import data
 from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main, step_of
 from engine import Slots, end_ids, run
-from eval import complete, direct_ids, evaluate, plot_runs, read_log, reading_ids
+from eval import complete, direct_ids, evaluate, make_record, mean_scores, plot_runs, read_log, reading_ids
 from models import (PRESETS, Costs, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak,
     role, size, trained)  # fmt: skip
 from retrieval import SearchFailed, written_whole
 from searchr1 import (HARMLESS, INVALID_MESSAGES, PROMPTS, Rollout, Settings, begin, collate, converse, f1_score,
     format_reward, gae, group_advantages, head_inputs, holds_gold, kl_k1, kl_k3, outcome_reward, policy_loss,
-    prompt_ids, rewards_at_end, rollout, token_logprobs, token_mean, transcript, value_loss, whiten)  # fmt: skip
+    prompt_ids, rewards_at_end, rollout, token_logprobs, token_mean, value_loss, whiten)  # fmt: skip
 
 # ----- 1. Configuration: one field a flag -----
 
@@ -539,14 +539,10 @@ def health(records, config):
     return [sign for sign, seen in signs.items() if seen]
 
 def by_hops(rollouts, em):
-    """Rollouts and the exact match of each -> means of searches and exact match of one-hop and of two-hop questions, as
-    the log names them, where there are any."""
-    means = {}
-    for hops in (1, 2):
-        if some := [(r.num_searches, right) for r, right in zip(rollouts, em) if r.question.hops == hops]:
-            searches, right = (sum(values) / len(some) for values in zip(*some))
-            means |= {f"env/searches_{hops}hop": searches, f"env/em_{hops}hop": right}
-    return means
+    """Rollouts and the exact match of each -> means of exact match and searches by known hops, as the log names them."""
+    scores = [{"em": right, "searches": r.num_searches} for r, right in zip(rollouts, em)]
+    means = mean_scores(scores, [r.question.hops for r in rollouts])
+    return {f"env/{name}": mean for name, mean in means.items() if name.endswith("hop")}
 
 def evaluation(step, policy, task, slots, config):
     """Greedy on the held-out sample -> metrics, printed in a line; one conversation is kept in samples.jsonl. In the
@@ -559,12 +555,8 @@ def evaluation(step, policy, task, slots, config):
         for name, questions in (("eval", task.held_out), ("train", task.train_sample)):
             sampled, _ = evaluate(policy, task.tokenizer, questions, *how, config.temperature, generator, slots)
             metrics |= {f"{name}/sampled_{key}": sampled[key] for key in sampled if key.startswith("em")}
-    r, gold = rollouts[-1], rollouts[-1].question.gold_answers
-    append(Path(config.output_dir) / "samples.jsonl", {
-        "step": step, "question": r.question.text, "golden_answers": list(gold), "answer": r.answer,
-        "reward": outcome_reward(r.answer, gold), "searches": r.searches,
-        "prompt": task.tokenizer.decode(r.ids[: r.prompt_length]), "transcript": transcript(r, task.tokenizer),
-    })  # fmt: skip
+    sample = make_record(rollouts[-1], task.tokenizer, config.method, "held out", len(rollouts) - 1)
+    append(Path(config.output_dir) / "samples.jsonl", {"step": step, "reward": sample["em"]} | sample)
     earlier = [r for r in read_log(Path(config.output_dir) / "metrics.jsonl") if "eval/em" in r] if step else []
     tqdm.write(f"step {step}: {in_words(metrics, earlier[-1] if earlier else metrics)}")
     return metrics | {"timing_s/eval": time.perf_counter() - began}

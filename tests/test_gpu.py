@@ -194,7 +194,7 @@ def test_a_graph_that_is_wrong_is_found_and_the_run_goes_on_without(model, token
 
 def test_without_graphs_none_is_made(model, tokenizer, monkeypatch):
     """Claim: Slots(graphs=False), which --no-cuda-graphs asks for, decodes over the static buffers step by step.
-    Fails if: decode does not look at slots.graphs.
+    Fails if: feed does not look at slots.graphs (`slots.graphs and place` -> `slots.static and place`).
     """
     monkeypatch.setattr(engine, "captured", None)
     slots = engine.Slots(model, 5, 200, static=True, graphs=False)
