@@ -14,8 +14,8 @@ left. There are two ways to fit them on one card of 24 GB:
 
 Departure: [D14] P: with --lora-rank only adapters are trained. The paper trains all weights of policy and critic.
 
-What the presets take on a card of 24 GB, predicted, stands in README.md, "A real model on one card": predict_memory,
-whose result a run prints before it begins, and the time from tests/bench_slots.py. tests/bench_gpu.py measures both.
+README.md, "A real model on one card", predicts what each preset takes on a card of 24 GB: memory by predict_memory, time
+by tests/bench_slots.py. A run prints its prediction before it begins; tests/bench_gpu.py measures both.
 A card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0.5b --lora-rank 32.
 """
 
