@@ -51,8 +51,8 @@ import data
 from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main, step_of
 from engine import Slots, end_ids, run
 from eval import complete, direct_ids, evaluate, make_record, mean_scores, plot_runs, read_log, reading_ids
-from models import (PRESETS, Costs, make_models, memory_table, merged_state, peak_bytes, predict_memory, predicted_peak,
-    role, size, trained)  # fmt: skip
+from models import (PRESETS, Costs, give_back, make_models, memory_table, merged_state, peak_bytes, predict_memory,
+    predicted_peak, role, size, trained)  # fmt: skip
 from retrieval import SearchFailed, written_whole
 from searchr1 import (HARMLESS, INVALID_MESSAGES, PROMPTS, Rollout, Settings, begin, collate, converse, f1_score,
     format_reward, gae, group_advantages, head_inputs, holds_gold, kl_k1, kl_k3, outcome_reward, policy_loss,
@@ -434,6 +434,7 @@ def update(models, batch, step, config, rng):
                     raise Mistake(f"three gradients of the {name} in a row are not finite: lower --lr, or --dtype fp32")
             optimizer.zero_grad(set_to_none=True)
     models.updates = 0  # whole again
+    give_back()
     return {name: value for name, value in sums.items() if math.isfinite(value)}
 
 def reinforcement_loss(models, part, config):
