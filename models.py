@@ -14,8 +14,8 @@ left. There are two ways to fit them on one card of 24 GB:
 
 Departure: [D14] P: with --lora-rank only adapters are trained. The paper trains all weights of policy and critic.
 
-README.md, "A real model on one card", predicts what each preset takes on a card of 24 GB: memory by predict_memory, time
-by tests/bench_slots.py. A run prints its prediction before it begins; tests/bench_gpu.py measures both.
+README.md, "A real model on one card", predicts what each preset takes on a card of 24 GB: memory by predict_memory,
+time by tests/bench_slots.py. A run prints its prediction before it begins; tests/bench_gpu.py measures both.
 A card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0.5b --lora-rank 32.
 """
 
@@ -423,7 +423,7 @@ def peak_bytes(device):
 
 def give_back():
     """Hand freed memory back to the system. PITFALL: glibc keeps freed blocks for later, and activations have another
-    size in each micro-batch. Without this call the process of a laptop run grew to three times what it uses."""
+    size in each micro-batch. Without this call a laptop run on a CPU grew to more than twice what it uses."""
     libc = None if sys.platform == "win32" else ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

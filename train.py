@@ -434,7 +434,8 @@ def update(models, batch, step, config, rng):
                     raise Mistake(f"three gradients of the {name} in a row are not finite: lower --lr, or --dtype fp32")
             optimizer.zero_grad(set_to_none=True)
     models.updates = 0  # whole again
-    give_back()
+    if models.policy.device.type == "cpu":  # a GPU has an allocator of its own
+        give_back()
     return {name: value for name, value in sums.items() if math.isfinite(value)}
 
 def reinforcement_loss(models, part, config):
@@ -540,7 +541,7 @@ def health(records, config):
     return [sign for sign, seen in signs.items() if seen]
 
 def by_hops(rollouts, em):
-    """Rollouts and the exact match of each -> means of exact match and searches by known hops, as the log names them."""
+    """Rollouts and the exact match of each -> means of exact match and searches by known hops, named as in the log."""
     scores = [{"em": right, "searches": r.num_searches} for r, right in zip(rollouts, em)]
     means = mean_scores(scores, [r.question.hops for r in rollouts])
     return {f"env/{name}": mean for name, mean in means.items() if name.endswith("hop")}

@@ -512,6 +512,16 @@ def test_the_same_seed_gives_the_same_metrics_twice(small_base):
     assert any(line.get("grad_norm", 0) > 0 for line in metrics("a"))
 
 
+def test_an_update_on_a_cpu_hands_freed_memory_back(small_base, monkeypatch):
+    """Claim: on a CPU each step's update ends with give_back.
+    Fails if: update does not call it.
+    """
+    calls = []
+    monkeypatch.setattr(train, "give_back", lambda: calls.append(1))
+    train.main(SMALL + ["--steps", "2", "--device", "cpu", "--output-dir", "run"])
+    assert len(calls) == 2
+
+
 FLAGS = [
     ["--no-search"],
     ["--no-mask", "--kl-in", "reward"],
