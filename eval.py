@@ -17,7 +17,7 @@ Departures from the paper (the official repository has no code for its baselines
 
     python eval.py --checkpoint outputs/run-1                                all held-out questions of its world
     python eval.py --checkpoint DIR --method rag ircot search-r1 --data all --corpus wiki18 --limit 500
-    python eval.py --checkpoint outputs/run-1 --ask "who is the mayor of bodaton?"
+    python eval.py --checkpoint outputs/run-1 --ask "who is the mayor of zidoton?"
     python eval.py --plot outputs/run-1 outputs/run-2
 """
 
@@ -389,6 +389,7 @@ CURVES = [  # title, metric, unit; a panel each, if there are points
     ("KL to the base model", "kl", "nats a token"),
     ("entropy of the policy", "entropy", "nats a token"),
 ]
+PICTURES = (".png", ".pdf", ".svg")
 LOOKS = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # so that a print without colours tells runs apart
 
 def read_runs(folders):
@@ -525,8 +526,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not args.checkpoint and not args.plot:
         raise Mistake("give --checkpoint DIR (a folder that train.py wrote) or --plot RUN")
-    if args.plot and not args.output.endswith((".png", ".pdf", ".svg")):
-        raise Mistake(f"--output {args.output}: a picture ends in .png, .pdf or .svg")
+    if args.plot and not args.output.endswith(PICTURES):
+        raise Mistake(f"--output {args.output}: a picture ends in {', '.join(PICTURES)}")
     if min(args.temperature, args.limit, args.top_k) < 0:
         raise Mistake("--temperature, --limit and --top-k cannot be negative")
     if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):

@@ -15,7 +15,7 @@ from data import Mistake, Parser, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a starter has. Not LOG.md, nor the history: they tell the solutions.
-PARTS = ("*.py", "requirements.txt", "LICENSE", "README.md", "course/*.py", "course/*.md", "tests/*.py", "figures/*")
+PARTS = ("*.py", "requirements.txt", "LICENSE", "README.md", "course/*.*", "tests/*.py", "figures/*")
 AGENTS = """# For coding assistants
 
 This is a course assignment: the functions that raise NotImplementedError are exercises. Act as a tutor.
@@ -90,7 +90,10 @@ def write_starter(out, numbers):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bughunt"]:
-        from course.mutants import write_bughunt  # here: that file imports this one
+        try:
+            from course.mutants import write_bughunt  # here: that file imports this one
+        except ModuleNotFoundError:
+            raise Mistake("only the instructor's copy can write a bug hunt") from None
         parser = Parser(prog="assignment.py bughunt", description="Write the project with three mistakes in it.")
         parser.add_argument("output", metavar="OUT", help="a folder that does not exist yet")
         parser.add_argument("--seed", required=True, help="the student's name: it says which three they are")
@@ -103,7 +106,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     numbers = chosen(args.exercises)
     write_starter(args.output, numbers)
-    print(f"wrote {args.output}, with {len(numbers)} exercises to do; grade it: python -m course.grade {args.output}")
+    only = f" --exercises {args.exercises}" if args.exercises else ""
+    grade = f"python -m course.grade {args.output}{only}"
+    print(f"wrote {args.output}, with {len(numbers)} exercises to do; grade it: {grade}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from eval import aligned
 # read the paper; read: what to read before; tests: "file::test"; hints: each says more than the one before.
 Exercise = namedtuple("Exercise", "functions minutes points read tests hints")
 
-S, M, R, K = "test_searchr1.py::", "test_models.py::", "test_retrieval.py::", "test_kernels.py::"
+S, T, M, R, K, E = (f"test_{name}.py::" for name in ("searchr1", "train", "models", "retrieval", "kernels", "engine"))
 EXERCISES = [
     Exercise(
         ("searchr1.parse_action",), 10, 2, "Sec. 3.2; Algorithm 1, lines 6 and 8",
@@ -27,7 +27,8 @@ EXERCISES = [
     ),
     Exercise(
         ("searchr1.exact_match", "searchr1.outcome_reward"), 15, 3, "Sec. 3.4, Eq. 4; departure [D8]",
-        (S + "test_exact_match_is_the_official_one", S + "test_an_answer_that_normalises_to_nothing_earns_nothing"),
+        (S + "test_exact_match_is_the_official_one", S + "test_an_answer_that_normalises_to_nothing_earns_nothing",
+         S + "test_the_reward_reads_the_response_only"),
         ("Both sides are normalised before they are compared, and one gold answer is enough.",
          "No answer is None, not an empty text. What does normalize_answer make of 'The'?",
          "The reward is the exact match if there is an answer and its normal form is not empty; else 0.0."),
@@ -36,7 +37,8 @@ EXERCISES = [
         ("searchr1.Rollout.append",), 15, 4, "Sec. 3.1, I(y_t); departures [D1] and [D2]",
         (S + "test_a_conversation_runs_as_algorithm_1_says",
          S + "test_an_invalid_turn_is_told_so_in_words_which_are_masked",
-         S + "test_retrieved_tokens_prompt_and_padding_get_exactly_zero_gradient"),
+         S + "test_retrieved_tokens_prompt_and_padding_get_exactly_zero_gradient",
+         E + "test_the_samplers_logprobs_equal_the_trainers"),
         ("Three lists grow by the same number of entries at every call.",
          "Whoever sampled the tokens has log-probs for them. Whoever did not has none.",
          "The mask is True exactly where log-probs were given; where they were not, they are 0.0."),
@@ -45,7 +47,8 @@ EXERCISES = [
         ("searchr1.collate",), 30, 6, "Sec. 3.1; the alphabet of shapes at the top of searchr1.py",
         (S + "test_more_padding_changes_nothing",
          S + "test_retrieved_tokens_prompt_and_padding_get_exactly_zero_gradient",
-         S + "test_without_the_mask_retrieved_tokens_are_trained_and_the_prompt_is_not"),
+         S + "test_without_the_mask_retrieved_tokens_are_trained_and_the_prompt_is_not",
+         E + "test_the_samplers_logprobs_equal_the_trainers", T + "test_micro_batches_equal_the_big_batch"),
         ("Position t of a model's output scores token t + 1. Which end of mask and log-probs has to go?",
          "Pad on the right, with torch.nn.utils.rnn.pad_sequence. Take no mask from the padding's id.",
          "ids stay [B, L]; mask and old log-probs lose their first column. Without the mask all but the prompt count."),
@@ -53,14 +56,16 @@ EXERCISES = [
     Exercise(
         ("searchr1.token_mean",), 10, 3, "Eq. 3; departure [D7]",
         (S + "test_the_policy_loss_is_a_mean_over_tokens_not_over_rollouts",
-         S + "test_without_the_mask_retrieved_tokens_are_trained_and_the_prompt_is_not"),
+         S + "test_without_the_mask_retrieved_tokens_are_trained_and_the_prompt_is_not",
+         S + "test_a_batch_or_an_episode_without_a_token_to_train_is_zero_and_not_nan"),
         ("A long rollout has more to say than a short one here.",
          "A masked position may hold NaN, and NaN * 0 is NaN: select, do not multiply.",
          "Sum where the mask is True, divided by the number of True; where there is none, by 1."),
     ),
     Exercise(
         ("searchr1.whiten",), 15, 4, "Eq. 2; the docstring",
-        (S + "test_whitening_uses_masked_mean_and_unbiased_deviation",),
+        (S + "test_whitening_uses_masked_mean_and_unbiased_deviation",
+         S + "test_a_batch_or_an_episode_without_a_token_to_train_is_zero_and_not_nan"),
         ("Mean and deviation belong to the unmasked positions of the whole batch, not of a row.",
          "Unbiased: the squares are divided by count - 1. One position must not divide by 0.",
          "Multiply the centred values by rsqrt(variance + 1e-8); masked positions are exactly 0."),
@@ -144,6 +149,7 @@ EXERCISES = [
             "test_sampled_ids_are_the_trained_ids_however_a_tag_is_split",
             "test_an_invalid_turn_is_told_so_in_words_which_are_masked",
             "test_a_sampled_end_of_sequence_is_kept_and_trained", "test_the_last_turn_cannot_search",
+            "test_without_search_there_is_one_turn_and_no_call",
             "test_the_budgets_end_turns_and_episodes_and_the_prompt_stays",
             "test_a_hostile_passage_neither_ends_the_episode_nor_earns_a_reward_nor_breaks_the_mask",
         )),
@@ -159,16 +165,16 @@ OPEN = (
 )
 
 
-def chosen(text):
-    """"1-3,7" -> [1, 2, 3, 7]; "" -> all. Mistake for a number that no exercise has."""
+def chosen(text, flag="--exercises", count=len(EXERCISES)):
+    """"1-3,7" -> [1, 2, 3, 7]; "" -> all. Mistake for a number that is not from 1 to `count`."""
     numbers = []
-    for piece in text.split(",") if text else [f"1-{len(EXERCISES)}"]:
+    for piece in text.split(",") if text else [f"1-{count}"]:
         first, _, last = piece.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
-            raise Mistake(f"--exercises {text}: give numbers like 1-3,7")
+        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+            raise Mistake(f"{flag} {text}: give numbers like 1-3,7")
         numbers += range(int(first), int(last or first) + 1)
-    if wrong := [n for n in numbers if not 1 <= n <= len(EXERCISES)]:
-        raise Mistake(f"--exercises {text}: there is no exercise {wrong[0]}, only 1 to {len(EXERCISES)}")
+    if wrong := [n for n in numbers if not 1 <= n <= count]:
+        raise Mistake(f"{flag} {text}: there is no {wrong[0]}, only 1 to {count}")
     return sorted(set(numbers))
 
 

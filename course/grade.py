@@ -6,13 +6,15 @@
     python -m course.grade ../hunt-ada --bughunt ada                   which of the three mistakes are mended
 
 Only the scripts are taken from the student. The tests come from here, so that an edited test changes nothing. An
-exercise that is empty or wrong does not spoil another one: for that one, the solution stands in its place.
+exercise that is empty or wrong does not spoil another one: for that one, the solution stands in its place. In the
+starter itself there is no solution: there a test may wait for another exercise, and says for which.
 """
 
 import ast
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,11 +25,13 @@ from pathlib import Path
 import torch
 
 import data
+import kernels
 from course.assignment import ROOT, by_file, find, with_lines
 from course.exercises import EXERCISES, chosen
 from data import Mistake, Parser, run_main
-from eval import evaluate
+from eval import evaluate, read_log
 from retrieval import written_whole
+from train import Config
 
 THRESHOLDS = Path(__file__).with_name("thresholds.json")  # public: a student can read what a run must reach
 NOISE = 0.02  # how far answers of the same checkpoint may be apart on two machines
@@ -51,18 +55,23 @@ def solved(folder, file, functions):
 
 
 def unfinished(folder, number):
-    """Does a function of this exercise still raise what the starter has put there?"""
-    files = {f"{function.partition('.')[0]}.py" for function in EXERCISES[number - 1].functions}
-    words = f'raise NotImplementedError("exercise {number}: '
-    return any(words in file.read_text() for file in map(Path(folder).joinpath, files) if file.exists())
+    """Does a function of this exercise still raise what the starter has put there? Without Triton kernels cannot run,
+    so their twins count alone."""
+    for function in EXERCISES[number - 1].functions:
+        file, name = Path(folder) / f"{function.partition('.')[0]}.py", function.rpartition(".")[2]
+        words = rf'^\s*raise NotImplementedError\("exercise {number}: {name}"\)'
+        runs = kernels.HAVE_TRITON or not name.endswith("_kernel")
+        if runs and file.exists() and re.search(words, file.read_text(), re.MULTILINE):
+            return True
+    return False
 
 
-def run_tests(folder, tests, seconds, others=()):
-    """Run "file::test"s on the scripts in `folder`, which stays as it is, with our solution of the exercises `others`
+def run_tests(folder, tests, seconds, ours={}):
+    """Run "file::test"s on the scripts in `folder`, which stays as it is, with our text for {file: "Class.function"s}
     -> {test: None if all its cases are green, else the first line of what went wrong}. The process is killed after so
     many seconds; then every test has failed."""
     with tempfile.TemporaryDirectory(prefix="grade-") as work:
-        work, ours = Path(work), by_file(others)
+        work = Path(work)
         for script in ROOT.glob("*.py"):
             (work / script.name).write_text(solved(folder, script.name, ours.get(script.name, ())))
         for part in ("tests", "course", "figures"):
@@ -77,7 +86,8 @@ def run_tests(folder, tests, seconds, others=()):
         except subprocess.TimeoutExpired:
             return dict.fromkeys(tests, f"not done after {seconds} seconds")
         if not report.exists():
-            return dict.fromkeys(tests, (done.stdout + done.stderr).strip().splitlines()[-1])
+            said = (done.stdout + done.stderr).strip().splitlines() or ["the process of the tests died without a word"]
+            return dict.fromkeys(tests, said[-1])
         cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
     verdicts = {}
     for test in tests:
@@ -103,12 +113,12 @@ def grade(folder, numbers, seconds):
     every, results = range(1, len(EXERCISES) + 1), []
     empty = [n for n in every if unfinished(folder, n)]
     tests = list(dict.fromkeys(test for n in numbers if n not in empty for test in EXERCISES[n - 1].tests))
-    together = run_tests(folder, tests, seconds, empty) if tests else {}
+    together = run_tests(folder, tests, seconds, by_file(empty)) if tests else {}
     for n in numbers:
         e = EXERCISES[n - 1]
         verdicts = dict.fromkeys(e.tests, "it is still empty") if n in empty else together
         if n not in empty and any(verdicts[test] for test in e.tests):
-            verdicts = run_tests(folder, e.tests, seconds, [other for other in every if other != n])
+            verdicts = run_tests(folder, e.tests, seconds, by_file(other for other in every if other != n))
         red = [{"test": t, "claim": claim_of(t), "error": verdicts[t]} for t in e.tests if verdicts[t]]
         result = {"number": n, "functions": list(e.functions), "points": e.points, "earned": 0 if red else e.points}
         results.append(result | {"red": red})
@@ -128,18 +138,19 @@ def show(results):
 # ----- A training run -----
 
 
-def grade_run(folder):
-    """OUTPUT_DIR of a run in a tiny world -> list of (what is checked, why it fails or None)."""
+def grade_run(folder, world_seed=None):
+    """OUTPUT_DIR of a run in a tiny world, maybe the number of the world that it should be in -> list of (what is
+    checked, why it fails or None)."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        records = list(read_log(folder / "metrics.jsonl"))
         wanted = json.loads(THRESHOLDS.read_text())[f"{config['preset']}/{config['algo']}"]
     except (OSError, ValueError) as error:
         raise Mistake(f"{folder} is not the folder of a run: {error}") from None
     except KeyError:
         raise Mistake(f"{folder} is a run for which {THRESHOLDS.name} has no bar") from None
-    checks, last = [], records[-1]
+    checks, last = [], records[-1] if records else {}
     whole = [r["step"] for r in records] == list(range(config["steps"] + 1))
     checks.append(("every step is in the log, once", None if whole else "steps are missing, or out of order"))
     numbers = [value for r in records for value in r.values() if isinstance(value, (int, float))]
@@ -149,11 +160,17 @@ def grade_run(folder):
         checks.append((f"{name} is at least {bar}", f"it is {last.get(name, 0.0):.3f}" if low else None))
     for name in ("no_search", "no_mask", "shuffle_rewards"):
         checks.append((f"without --{name.replace('_', '-')}", "it is set" if config[name] else None))
-    # The checkpoint answers its world's questions again: copied or edited metrics do not survive this.
+    asked = f"it is {config['eval_limit']}" if config["eval_limit"] != Config.eval_limit else None
+    checks.append((f"evaluated with --eval-limit {Config.eval_limit}", asked))
+    # The checkpoint answers its world's questions again: edited metrics do not survive this.
     checkpoint = folder / f"checkpoint-{config['steps']}"
+    checks.append(("its last checkpoint is there", None if checkpoint.exists() else f"there is no {checkpoint}"))
+    if not checkpoint.exists():
+        return checks
     settings, about = data.load_settings(checkpoint)
-    own = about["world_seed"] == config["world_seed"]
-    checks.append(("the checkpoint is of this world", None if own else f"it is of world {about['world_seed']}"))
+    world_seed = config["world_seed"] if world_seed is None else world_seed
+    own = about["world_seed"] == config["world_seed"] == world_seed
+    checks.append((f"it is of world {world_seed}", None if own else f"it is of world {about['world_seed']}"))
     policy, tokenizer = data.load_checkpoint(str(checkpoint))
     questions, engine, _ = data.task(config["world_seed"])
     asked = data.fixed_sample(questions, config["eval_limit"])
@@ -170,6 +187,7 @@ def main(argv=None):
     parser.add_argument("folder", nargs="?", metavar="DIR", help="what course.assignment wrote, and a student's work")
     parser.add_argument("--exercises", default="", help="like 1-6 or 3,7-9 (default: all)")
     parser.add_argument("--run", metavar="RUN", help="the folder of a training run in a tiny world, instead")
+    parser.add_argument("--world-seed", type=int, metavar="N", help="RUN should be in this student's world")
     parser.add_argument("--bughunt", metavar="SEED", help="DIR is the bug hunt of this seed")
     parser.add_argument("--json", metavar="FILE", help="the same as JSON, for an autograder")
     parser.add_argument("--seconds", type=int, default=300, help="time limit of the tests (default: 300)")
@@ -178,15 +196,20 @@ def main(argv=None):
         raise Mistake("give DIR, or --run RUN")
     if args.run and (args.exercises or args.bughunt):
         raise Mistake("--run grades a run: leave out --exercises and --bughunt")
+    if args.world_seed is not None and not args.run:
+        raise Mistake("--world-seed goes with --run")
     if args.run:
         torch.manual_seed(0)
-        checks = grade_run(args.run)
+        checks = grade_run(args.run, args.world_seed)
         results = [{"check": what, "wrong": why} for what, why in checks]
         print("\n".join(f"{'wrong' if why else 'fine '}  {what}{f': {why}' if why else ''}" for what, why in checks))
     elif not (Path(args.folder) / "searchr1.py").exists():
         raise Mistake(f"{args.folder} has no searchr1.py: give the folder that course.assignment wrote")
     elif args.bughunt:
-        from course.mutants import grade_bughunt  # here: that file imports this one
+        try:
+            from course.mutants import grade_bughunt  # here: that file imports this one
+        except ModuleNotFoundError:
+            raise Mistake("only the instructor's copy can grade a bug hunt") from None
         results = grade_bughunt(args.folder, args.bughunt, args.seconds)
         for r in results:
             print(f"{'NOT mended' if r['red'] else 'mended    '}  {r['file']}: {r['lesson']}")

@@ -8,6 +8,8 @@ that do not do what the paper says, write for each a test that is red before and
 depends on the seed, so give every student another one.
 """
 
+import ast
+import hashlib
 import random
 import tempfile
 import time
@@ -16,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from course.assignment import ROOT, copy_project
+from course.exercises import chosen
 from course.grade import run_tests
+from course.paper_map import functions
 from data import Mistake, Parser, run_main
 
 # old: a piece of the file that occurs once; test: "file::test"; lesson: what goes wrong with `new`, maybe where it was
@@ -114,7 +118,7 @@ MUTANTS = [
         S + "test_only_the_text_of_a_turn_can_end_it", "a tag in the prompt or in a passage ends the policy's turn",
     ),
     Mutant(
-        "searchr1.py", "if b == max_turns:  # l. 11", "if b > max_turns:  # l. 11",
+        "searchr1.py", "if b == max_turns:", "if b > max_turns:",
         S + "test_the_last_turn_cannot_search", "one search more than the budget, and its passages are never read",
     ),
     Mutant(
@@ -132,7 +136,7 @@ MUTANTS = [
         "</information> is cut off with the passages, as in the official code [D6]",
     ),
     Mutant(
-        "searchr1.py", "r.append(block)  # not written", "r.append(block, [0.0] * len(block))  # not written",
+        "searchr1.py", "r.append(block)", "r.append(block, [0.0] * len(block))",
         S + "test_a_conversation_runs_as_algorithm_1_says", "log-probs for tokens that nobody sampled, so mask 1",
     ),
     Mutant(
@@ -146,7 +150,8 @@ MUTANTS = [
     ),
     Mutant(
         "engine.py", "torch.log_softmax(scaled_nV, dim=-1)", "torch.log_softmax(logits_nV, dim=-1)",
-        E + "test_the_samplers_logprobs_equal_the_trainers", "old log-probs at temperature 1, whatever it was",
+        E + "test_the_samplers_logprobs_equal_the_trainers",
+        "tokens and old log-probs at temperature 1, whatever is asked for",
     ),
     Mutant(
         "engine.py", "slots.lengths, slots.head = [0] * len(slots.lengths), None", "slots.head = None",
@@ -180,9 +185,9 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def mutated(mutant, folder=ROOT):
+def mutated(mutant):
     """The text of the mutant's file with its mistake in it. Mistake if `old` does not stand there exactly once."""
-    text = (folder / mutant.file).read_text()
+    text = (ROOT / mutant.file).read_text()
     if text.count(mutant.old) != 1:
         raise Mistake(f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}")
     return text.replace(mutant.old, mutant.new)
@@ -197,20 +202,34 @@ def killed(mutant, seconds=300):
     return error is not None, time.perf_counter() - began
 
 
-# What no run shows: the conversation ends before a second pair of tags, and no gold answer of a data set is empty.
-QUIET = "pairs[-1].strip() if pairs else None", "if answer is not None and normalize_answer(answer) else 0.0"
+# What no run shows: the conversation ends before a second pair of tags, no gold answer of a data set is empty, all
+# presets sample at temperature 1, and slots are empty when all conversations have left them.
+QUIET = (
+    "pairs[-1].strip() if pairs else None", "if answer is not None and normalize_answer(answer) else 0.0",
+    "torch.log_softmax(scaled_nV, dim=-1)", "slots.lengths, slots.head = [0] * len(slots.lengths), None",
+)  # fmt: skip
 HANDOUT = """# The bug hunt
 
 Three lines of this project do not do what the paper says, or the text beside the code. Find them, mend them, and write
 for each a test in `tests/test_hunt.py` that is red before and green after.
 
-- Read `searchr1.py`, `train.py` up to section 4, `engine.py`, `models.py` and `retrieval.py`. The others are whole.
+- Read `searchr1.py`, `train.py` to the end of section 4, `engine.py`, `models.py` and `retrieval.py`. The others are
+  whole.
 - What is tagged [D1] to [D17] departs from the paper on purpose; the list stands at the head of the files.
 - The tests were taken away on purpose, and so were the comments right above the three lines. `tests/conftest.py` is
   still there: small models, batches, scripted conversations.
 - Ask yourself of each mistake what a run would look like, and which metric would show it first.
 - Do not look into the hints of the exercises: some of them tell.
+
+This is hunt {mark}.
 """
+
+
+def place(mutant):
+    """-> (file, "Class.function") in which the mutant's line stands."""
+    text = (ROOT / mutant.file).read_text()
+    line = text.count("\n", 0, text.index(mutant.old)) + 1
+    return mutant.file, ".".join(name for first, last, name in functions(ast.parse(text)) if first <= line <= last)
 
 
 def planted(seed):
@@ -224,43 +243,64 @@ def planted(seed):
     return [rng.choice(by_test[method][test]) for method, test in tests]
 
 
+def with_mistake(bug, text):
+    """The text of the mutant's file with its mistake in it, without the comments on this line and right above it."""
+    before, _, after = text.partition(bug.old)
+    lines, rest = before.split("\n"), after.split("\n")
+    while len(lines) > 1 and lines[-2].strip().startswith("#"):
+        del lines[-2]
+    rest[0] = rest[0].split("  # ")[0]
+    return "\n".join(lines) + bug.new + "\n".join(rest)
+
+
+def mark(seed):
+    """What HUNT.md says of the seed, so that it is graded by the same one."""
+    return hashlib.sha256(f"bug hunt {seed}".encode()).hexdigest()[:8]
+
+
 def write_bughunt(out, seed):
     """A folder that does not exist yet -> the project with three mistakes in it, with a handout, and without what tells
     them: tests (most mistakes turn several of them red), and comments on the three lines or right above them."""
     out = copy_project(out, ("mutants.py",))
     for bug in planted(seed):
-        at, text = (out / bug.file).read_text().find(bug.old), mutated(bug, out)
-        before, after = text[:at], text[at + len(bug.new) :]
-        lines = before.split("\n")
-        while len(lines) > 1 and lines[-2].strip().startswith("#"):
-            del lines[-2]
-        rest = after.split("\n")
-        rest[0] = rest[0].split("  # ")[0]
-        (out / bug.file).write_text("\n".join(lines) + bug.new.split("  # ")[0] + "\n".join(rest))
+        (out / bug.file).write_text(with_mistake(bug, (out / bug.file).read_text()))
     for test in (out / "tests").glob("test_*.py"):
         test.unlink()
-    (out / "HUNT.md").write_text(HANDOUT)
+    (out / "HUNT.md").write_text(HANDOUT.format(mark=mark(seed)))
 
 
 def grade_bughunt(folder, seed, seconds):
-    """A student's bug hunt and its seed -> list of {file, lesson, red: is the mistake still there?}."""
-    bugs = planted(seed)
-    verdicts = run_tests(folder, [bug.test for bug in bugs], seconds)
-    return [{"file": bug.file, "lesson": bug.lesson, "red": verdicts[bug.test] is not None} for bug in bugs]
+    """A student's bug hunt and its seed -> list of {file, lesson, red: is the mistake still there?}. A mistake can turn
+    the test of another one red, too. So each is tested alone: where the others were planted, the functions are ours."""
+    handout = Path(folder) / "HUNT.md"
+    if not handout.exists() or mark(seed) not in handout.read_text():
+        raise Mistake(f"{handout} is not of the bug hunt with the seed {seed}")
+    bugs, results = planted(seed), []
+    places = [place(bug) for bug in bugs]
+    for bug, own in zip(bugs, places):
+        ours = {}
+        for file, function in places:
+            if (file, function) != own:
+                ours.setdefault(file, []).append(function)
+        error = run_tests(folder, [bug.test], seconds, ours)[bug.test]
+        results.append({"file": bug.file, "lesson": bug.lesson, "red": error is not None})
+    return results
 
 
 def main(argv=None):
     parser = Parser(description="Try the mutants: a test must turn red for each.")
-    parser.add_argument("--only", default="", metavar="N,N", help="numbers of mutants to try (default: all)")
+    parser.add_argument("--only", default="", metavar="N", help="like 1-6 or 3,7-9 (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="tests side by side (default: 2)")
     args = parser.parse_args(argv)
-    numbers = [int(n) for n in args.only.split(",") if n.isdecimal()] or range(1, len(MUTANTS) + 1)
-    chosen = [MUTANTS[n - 1] for n in numbers]
+    numbers = chosen(args.only, "--only", len(MUTANTS))
+    if args.jobs < 1:
+        raise Mistake(f"--jobs {args.jobs}: must be at least 1")
+    tried = [MUTANTS[n - 1] for n in numbers]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for number, mutant, (dead, seconds) in zip(numbers, chosen, results := list(pool.map(killed, chosen))):
+        for number, mutant, (dead, seconds) in zip(numbers, tried, results := list(pool.map(killed, tried))):
             print(f"{number:2}  {'killed  ' if dead else 'SURVIVED'}  {seconds:4.1f} s  {mutant.file}: {mutant.lesson}")
     survivors = sum(not dead for dead, _ in results)
-    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    print(f"{len(tried) - survivors} of {len(tried)} killed")
     return int(survivors > 0)
 
 

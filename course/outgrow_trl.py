@@ -1,4 +1,4 @@
-"""The same environment inside another trainer: TRL's GRPOTrainer, on as many processes as you start.
+"""The same environment inside another trainer: TRL's GRPOTrainer, on several processes.
 
     pip install -r course/requirements-outgrow.txt
     torchrun --nproc_per_node 2 -m course.outgrow_trl --output outputs/trl
@@ -115,8 +115,10 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     packages()  # before a base model is made for nothing
-    policy, environment, held_out = tiny(args.seed)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # that torchrun started
+    if QUESTIONS * GROUP // UPDATES % processes:
+        raise Mistake(f"{processes} processes cannot share {QUESTIONS * GROUP // UPDATES} rollouts an update: start 2 or 4")
+    policy, environment, held_out = tiny(args.seed)
     trainer = make_trainer(policy, environment, args.output, args.steps, processes)
     trainer.train()
     trainer.save_model(args.output)

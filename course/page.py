@@ -188,13 +188,10 @@ def side(name, policy, tokenizer, questions, search, settings):
 
 def base_of(args):
     """Folder or hub id of the checkpoint to show before training: --before, or what CHECKPOINT was trained from."""
-    if args.before:
-        data.fetch(args.before, "config.json", Path(args.before) / "config.json", "model")
-        return args.before
-    base = load_settings(args.checkpoint)[1]["base"]
-    if not base or not Path(base).is_dir():
-        gone = f" ({base} is gone)" if base else ""
-        raise Mistake(f"{args.checkpoint} does not say what it was trained from{gone}; give --before DIR")
+    base = args.before or load_settings(args.checkpoint)[1]["base"]
+    if not base:
+        raise Mistake(f"{args.checkpoint} does not say what it was trained from; give --before DIR")
+    data.fetch(base, "config.json", Path(base) / "config.json", "model")
     return base
 
 

@@ -7,15 +7,17 @@
 import csv
 from pathlib import Path
 
-from data import Parser, run_main
-from eval import CURVES, plot_runs, read_runs
+from data import Mistake, Parser, run_main
+from eval import CURVES, PICTURES, plot_runs, read_runs
+
+COLUMNS = ["run", "step", "metric", "value"]
 
 
 def write_points(runs, path, curves=CURVES):
     """The points of plot_runs as CSV: run, step, metric, value."""
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["run", "step", "metric", "value"])
+        rows.writerow(COLUMNS)
         for run, records in runs.items():
             points = [(r["step"], name, r[name]) for r in records for _, name, _ in curves if name in r]
             rows.writerows([run, step, name, f"{value:.6g}"] for step, name, value in points)
@@ -23,8 +25,10 @@ def write_points(runs, path, curves=CURVES):
 
 def read_points(path):
     """What write_points wrote -> {name of the run: its records, dicts with a step}, as read_runs gives them."""
-    runs = {}
-    for row in csv.DictReader(Path(path).read_text().splitlines()):
+    rows, runs = csv.DictReader(Path(path).read_text().splitlines()), {}
+    if rows.fieldnames != COLUMNS:
+        raise Mistake(f"{path} holds no points of runs: its columns are not {', '.join(COLUMNS)}")
+    for row in rows:
         runs.setdefault(row["run"], []).append({"step": int(row["step"]), row["metric"]: float(row["value"])})
     return runs
 
@@ -34,6 +38,8 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or CSV files that this script wrote")
     parser.add_argument("--output", default="curves.png", help="the picture; its points go beside it as CSV")
     args = parser.parse_args(argv)
+    if not args.output.endswith(PICTURES):
+        raise Mistake(f"--output {args.output}: a picture ends in {', '.join(PICTURES)}")
     points = Path(args.output).with_suffix(".csv")
     tables = [path for path in args.runs if path.endswith(".csv")]
     runs = read_runs([path for path in args.runs if path not in tables])

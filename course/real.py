@@ -58,7 +58,9 @@ def main(argv=None):
     parser.add_argument("files", nargs="+", metavar="FILE.json", help="files that eval.py --json wrote")
     args = parser.parse_args(argv)
     known = lambda row: (row["model"], row["method"], *(str(row[name]) for name in ("hops", "steps")))
-    old = csv.DictReader(Path(args.output).read_text().splitlines()) if Path(args.output).exists() else []
+    old = csv.DictReader(Path(args.output).read_text().splitlines() if Path(args.output).exists() else [])
+    if old.fieldnames not in (None, COLUMNS):
+        raise Mistake(f"{args.output} is another table: its columns are not {', '.join(COLUMNS)}")
     table = {known(row): row for row in old} | {known(row): row for file in args.files for row in rows_of(file)}
     with written_whole(args.output) as file:
         lines = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -30,12 +30,12 @@ class Reranker:
 
     def __init__(self, ranker, passages, model, candidates=10):
         self.ranker, self.passages, self.candidates = ranker, passages, candidates
-        self.model = AutoModelForSequenceClassification.from_pretrained(model).eval()
+        self.model = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
 
     def rank(self, queries, k):
         """S str -> (scores [S, K] fp32, rows [S, K] int64), best first, row -1 where nothing was found."""
-        _, rows_SC = self.ranker.rank(queries, max(k, self.candidates))
+        _, rows_SC = self.ranker.rank(queries, min(max(k, self.candidates), len(self.passages)))
         scores_SC = np.full(rows_SC.shape, -np.inf, np.float32)
         options = dict(padding=True, truncation="only_second", max_length=512, return_tensors="pt")
         # PITFALL: pair a query with its own candidates only. The official server pairs it with those of all queries.

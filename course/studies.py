@@ -19,7 +19,6 @@ import io
 import json
 import multiprocessing
 import random
-import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -107,20 +106,21 @@ def load(config, loading=LOADING):
 
 def finished_run(given):
     """What a run is given (flags of train.py, LOADING) -> its last checkpoint, in outputs/studies/<given>. A finished
-    run is taken as it is, half a one is continued, any other is made."""
+    run is taken as it is, half a one is continued, any other is made. Mistake if another process is making it."""
     name = "-".join(f"{key}-{value}".replace("_", "-") for key, value in sorted(given.items()))
     folder = Path("outputs/studies") / name
     flags = {key: value for key, value in given.items() if key not in LOADING}
     # A run that learns early has fewer steps than it was given; its config.json says how many.
     last = lambda: folder / f"checkpoint-{json.loads((folder / 'config.json').read_text())['steps']}"
-    if not (folder / "config.json").exists() or not last().exists():
-        half = any(folder.glob("checkpoint-*/trainer_state.pt"))
-        if not half:
-            shutil.rmtree(folder, ignore_errors=True)
-        config = train.parse_config({"resume": str(folder)} if half else flags | {"output_dir": str(folder)})
-        print(f"{'continuing' if half else 'run'} {name}")
-        with quiet(), PATCHES[given.get("patch", "")]():  # the bar stays
-            train.train(config, *load(config, {key: given.get(key, LOADING[key]) for key in LOADING}))
+    with train.alone_in(folder):
+        if not (folder / "config.json").exists() or not last().exists():
+            half = any(folder.glob("checkpoint-*/trainer_state.pt"))
+            if not half:  # what a killed run left before its first checkpoint
+                (folder / "metrics.jsonl").unlink(missing_ok=True)
+            config = train.parse_config({"resume": str(folder)} if half else flags | {"output_dir": str(folder)})
+            print(f"{'continuing' if half else 'run'} {name}")
+            with quiet(), PATCHES[given.get("patch", "")]():  # the bar stays
+                train.train(config, *load(config, {key: given.get(key, LOADING[key]) for key in LOADING}))
     return last()
 
 
@@ -403,6 +403,8 @@ def draw_runs(asked, runs):
 
 # ----- 6. The command line -----
 
+VARIED = {"table": {"algo", "no_search"}, "seeds": {"algo", "world_seed"}, "kl": {"algo"}}  # flags that labels set
+
 
 def main(argv=None):
     about = "Make many runs on the tiny world and compare them. Flags of train.py may follow; they go to every run."
@@ -424,9 +426,17 @@ def main(argv=None):
         raise Mistake("--quick goes with table")
     if args.variant and args.name != "variants":
         raise Mistake("--variant goes with variants")
+    if args.jobs != 1 and args.name != "seeds":
+        raise Mistake("--jobs goes with seeds")
+    if args.seeds is not None and args.name == "seeds":
+        raise Mistake("seeds makes all of its sixty runs: leave out --seeds")
+    varied = VARIED.get(args.name) or set().union(*STUDIES[args.name].values())
+    if own := sorted(varied & set(given)):
+        raise Mistake(f"{args.name} sets --{own[0].replace('_', '-')} itself: leave it out")
     if {"seed", "resume", "output_dir", "model", "preset"} & set(given):
         refused = "no --seed, --resume, --output-dir, --model or --preset"
         raise Mistake(f"{args.name} makes runs of its own on the tiny world: {refused}")
+    train.parse_config(given)  # a mistake in the flags, before a folder is made
     if args.name == "table":
         table(seeds, args.quick, given)
     elif args.name == "kl":

@@ -1,12 +1,12 @@
 """What has a policy learned: its entities, its wordings, or the method? Exact match of a checkpoint of the tiny world
-on questions that are further and further from those that it was trained on.
+on questions that are more or less far from those that it was trained on.
 
     python -m course.transfer outputs/run-1
 
     training questions        as they were asked in training
     reworded                  about the same facts, in other words
     held out                  about entities that no training question mentions
-    another world             other people, cities and facts; the engine searches that world
+    another world             other facts, about names that the first world may have, too; the engine searches there
     three hops                held out, and never seen: a chain of three facts
 
 Each row greedy and sampled at temperature 1, one hop and two hops.
@@ -17,7 +17,7 @@ import random
 import torch
 
 import data
-from data import RELATION, Parser, fixed_sample, load_checkpoint, load_settings, make_world, newest, run_main
+from data import RELATION, Mistake, Parser, fixed_sample, load_checkpoint, load_settings, make_world, newest, run_main
 from eval import aligned, evaluate
 from retrieval import build_index
 from searchr1 import Question
@@ -67,10 +67,12 @@ def transfer(policy, tokenizer, settings, world_seed, limit):
 
 
 def main(argv=None):
-    parser = Parser(description="Ask a checkpoint of the tiny world what is further and further from its training.")
+    parser = Parser(description="Ask a checkpoint of the tiny world what is more or less far from its training.")
     parser.add_argument("checkpoint", type=newest, help="folder of a run in the tiny world, or of its checkpoint")
     parser.add_argument("--limit", type=int, default=400, help="questions a row (default: 400)")
     args = parser.parse_args(argv)
+    if args.limit < 0:
+        raise Mistake(f"--limit {args.limit}: cannot be negative")
     settings, about = load_settings(args.checkpoint)
     policy, tokenizer = load_checkpoint(args.checkpoint)
     header = ["", "questions", "one hop", "two hops", "one hop, sampled", "two hops, sampled"]

@@ -21,7 +21,7 @@ import data
 import searchr1
 import train
 from conftest import LOUD, played, random_model, sampled
-from course import export, page, paper_rows, real, studies
+from course import export, page, paper_rows, points, real, studies
 from retrieval import BM25, Passage
 from searchr1 import Question
 
@@ -173,8 +173,10 @@ def test_one_variant_stands_beside_grpo_alone(runs):
 
 def test_a_run_is_made_once_and_half_a_run_is_continued_as_it_was_loaded(runs):
     """Claim: runs that are there, of this study or another, are not made again. Half a run is continued with the engine
-    it began with; one that died before it saved anything is made anew.
-    Fails if: finished_run names folders by the study or without LOADING, or loads a half run with the defaults.
+    it began with; one that died before it saved anything is made anew. A run that another process is making is left
+    alone.
+    Fails if: finished_run names folders by the study or without LOADING, loads a half run with the defaults, or takes
+    no lock (`with train.alone_in(folder):` -> `with quiet():`).
     """
     studies.main("turns --seeds 1".split())
     studies.main("retriever --seeds 1".split())  # its "exact" is the other study's B = 3
@@ -187,6 +189,8 @@ def test_a_run_is_made_once_and_half_a_run_is_continued_as_it_was_loaded(runs):
     assert again == [("random", random_engine.name), ("empty", "")]
     studies.main("base-instruct --seeds 1".split())
     assert [loading["format_steps"] for _, loading in runs[8:]] == [80, 160]
+    with train.alone_in(random_engine), pytest.raises(data.Mistake, match="another process trains in"):
+        studies.main("retriever --seeds 1".split())
 
 
 def test_the_study_of_luck_makes_sixty_runs_and_counts_those_that_reach_the_bar(runs, monkeypatch, capsys):
@@ -245,6 +249,11 @@ def test_the_table_has_every_method_of_the_paper(tiny, monkeypatch, capsys):
         ("", "NAME"),
         ("mask --quick", "--quick goes with table"),
         ("table --seeds 0", "--seeds 0"),
+        ("turns --max-turns 2", "turns sets --max-turns itself: leave it out"),
+        ("table --algo ppo", "table sets --algo itself"),
+        ("seeds --world-seed 5", "seeds sets --world-seed itself"),
+        ("seeds --seeds 1", "seeds makes all of its sixty runs"),
+        ("mask --jobs 2", "--jobs goes with seeds"),
         ("mask --model x", "no --seed"),
         ("kl --seed 1", "no --seed"),
         ("mask --resume x", "no --seed"),
@@ -532,7 +541,7 @@ def test_a_page_is_written_whole_or_not_at_all(trained, monkeypatch, capsys):
     [
         ("", "CHECKPOINT, FILE"),
         ("was x.html", "was does not say what it was trained from; give --before DIR"),
-        ("lost x.html", "lost does not say what it was trained from (gone is gone); give --before"),
+        ("lost x.html", "gone/config.json is not there and cannot be downloaded"),
         ("ck gone/x.html", "cannot write gone/x.html: no such folder"),
         ("ck .", "cannot write .: a folder"),
         ("ck x.html --before gone", "gone/config.json is not there and cannot be downloaded"),
@@ -647,7 +656,9 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
     """Claim: of a checkpoint of a run that began at a run's checkpoint, steps are its own, hours those of both runs up
     to the checkpoint, the model is the first one, and the method how it was trained (r1: without search), unless it was
     asked otherwise. A row a number of hops; rows of other models stay, rows of the same one are replaced.
-    Fails if: origin leaves out `before`, counts the lines after the checkpoint, or rows_of groups by method alone.
+    A table with other columns is refused, by course.points, too.
+    Fails if: origin leaves out `before`, counts the lines after the checkpoint, rows_of groups by method alone, or one
+    of the two scripts does not look at `fieldnames`.
     """
     monkeypatch.chdir(tmp_path)
     runs = {"a": ("models/Small-1B", "format", 3600.0), "b": ("a/checkpoint-2", "grpo", 1800.0)}
@@ -688,6 +699,10 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
     assert Path("t.csv").read_text().splitlines()[-1].startswith("Small-1B,rag after r1,1,1,")
     Path("bad.json").write_text("{")
     assert "bad.json was not written by eval.py --json" in refused(lambda: real.main(["t.csv", "bad.json"]), capsys)
+    Path("other.csv").write_text("method,seed\ncot,0\n")
+    assert "other.csv is another table" in refused(lambda: real.main(["other.csv", "3.json"]), capsys)
+    assert "other.csv holds no points" in refused(lambda: points.main(["other.csv", "--output", "x.png"]), capsys)
+    assert "ends in .png" in refused(lambda: points.main(["other.csv", "--output", "x.txt"]), capsys)
 
 
 # ----- The paper's own figures -----

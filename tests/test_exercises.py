@@ -89,7 +89,7 @@ def test_a_starter_has_no_answers(tmp_path, monkeypatch):
     assert sorted(empty) == ["exercise 14: gradient_kernel", "exercise 14: gradient_twin", "exercise 3: append"]
     assert not Path("s/LOG.md").exists() and not Path("s/.git").exists() and Path("s/AGENTS.md").exists()
     assert "exists already" in refused(assignment.main, ["s"])
-    assert "there is no exercise 99" in refused(assignment.main, ["t", "--exercises", "1,99"])
+    assert "there is no 99, only 1 to 16" in refused(assignment.main, ["t", "--exercises", "1,99"])
     assert "give numbers" in refused(assignment.main, ["t", "--exercises", "x"])
 
 
@@ -111,11 +111,12 @@ def test_the_tests_run_on_the_students_functions_and_leave_nothing_behind(tmp_pa
     before = {file: file.read_bytes() for file in Path("s").rglob("*") if file.is_file()}
     assert [n for n in range(1, 17) if grade.unfinished("s", n)] == [1, 8]
     tests = [test for n in (1, 5, 6, 8, 11) for test in exercises.EXERCISES[n - 1].tests]
-    verdicts = grade.run_tests("s", tests, 100, others=[8, 11])
+    verdicts = grade.run_tests("s", tests, 100, assignment.by_file([8, 11]))
     assert {test.partition("::")[2] for test, error in verdicts.items() if error} == {
         "test_the_first_complete_tag_pair_is_the_action",
         "test_the_policy_loss_is_a_mean_over_tokens_not_over_rollouts",
         "test_without_the_mask_retrieved_tokens_are_trained_and_the_prompt_is_not",
+        "test_a_batch_or_an_episode_without_a_token_to_train_is_zero_and_not_nan",
     }
     assert "exercise 1: parse_action" in verdicts[tests[0]]
     assert {file: file.read_bytes() for file in Path("s").rglob("*") if file.is_file()} == before
@@ -130,8 +131,9 @@ def test_one_wrong_exercise_does_not_spoil_another(tmp_path, monkeypatch, capsys
     assignment.main(["s", "--exercises", "1"])
     runs, wrong = [], exercises.EXERCISES[4].tests[0]  # of exercise 5, which exercise 10 needs, too
 
-    def fake(folder, tests, seconds, others=()):
-        runs.append((len(tests), list(others)))
+    def fake(folder, tests, seconds, ours):
+        others = sorted({number for functions in ours.values() for number in functions.values()})
+        runs.append((len(tests), others))
         return {test: "wrong" if test == wrong and 5 not in others else None for test in tests}
 
     monkeypatch.setattr(grade, "run_tests", fake)
@@ -139,7 +141,7 @@ def test_one_wrong_exercise_does_not_spoil_another(tmp_path, monkeypatch, capsys
     results = json.loads(Path("points.json").read_text())
     assert [(r["number"], r["earned"]) for r in results] == [(1, 0), (5, 0), (6, 4), (10, 6)]
     everything = range(1, 17)
-    assert runs == [(5, [1]), (2, [n for n in everything if n != 5]), (3, [n for n in everything if n != 10])]
+    assert runs == [(6, [1]), (3, [n for n in everything if n != 5]), (3, [n for n in everything if n != 10])]
     out = capsys.readouterr().out
     assert "it is still empty" in out and "10 of 15 points" in out
     assert f"claim: {grade.claim_of(wrong)}" in out and "hint: A long rollout has more to say" in out
@@ -154,20 +156,26 @@ def test_a_hanging_solution_is_killed(tmp_path, monkeypatch):
 
 
 def test_every_mutant_changes_a_line_that_exists_and_has_a_test():
-    """Claim: at least 25; each changes one place of a file that compiles afterwards, and names a test that exists.
-    Fails if: a line that a mutant changes is written in another way.
+    """Claim: at least 25; each changes one place, in a function, of a file that compiles afterwards, with and without
+    the comments on that line, and names a test that exists.
+    Fails if: a line that a mutant changes is written in another way, or `old` ends within a comment.
     """
     assert len(mutants.MUTANTS) >= 25
     for mutant in mutants.MUTANTS:
         compile(mutants.mutated(mutant), mutant.file, "exec")
+        text = (ROOT / mutant.file).read_text()
+        compile(mutants.with_mistake(mutant, text), mutant.file, "exec")
+        assert mutant.old in ast.get_source_segment(text, find(ast.parse(text), mutants.place(mutant)[1]))
         assert grade.claim_of(mutant.test) and mutant.lesson
+    assert "there is no 99" in refused(mutants.main, ["--only", "99"])
 
 
 def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, monkeypatch, capsys):
     """Claim: the three belong to three tests and two files, show in a run, and depend on the seed; the folder has all
     three and a handout, but neither tests, nor the list of mutants, nor a comment that tells. The check says which are
-    mended.
-    Fails if: planted draws from all mutants at once, or write_bughunt leaves a test or a comment above in place.
+    mended, each with our functions in place of the other two, and refuses another seed.
+    Fails if: planted draws from all mutants at once, write_bughunt leaves a test or a comment above in place, or
+    grade_bughunt tests all three together (`!= own` -> `== own`), or does not look at the mark.
     """
     monkeypatch.chdir(tmp_path)
     assert len({tuple(mutants.planted(i)) for i in range(20)}) > 15 and mutants.planted(3) == mutants.planted(3)
@@ -180,27 +188,37 @@ def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, mo
         before, new, after = Path("hunt", bug.file).read_text().rpartition(bug.new)
         assert new and bug.old not in before + after and "#" not in before.split("\n")[-2] + after.split("\n")[0]
     assert "tests/test_hunt.py" in Path("hunt/HUNT.md").read_text()
-    mutants.write_bughunt("other", "kurt")  # among his: the KL with a minus, under a comment that says PLUS
+    mutants.write_bughunt("other", "karl")  # among his: the KL with a minus, under a comment that says PLUS
     told = Path("other/train.py").read_text()
     assert "loss = loss - config.kl_coef" in told and "PLUS in a loss" not in told
     assert [file.name for file in Path("hunt/tests").glob("*test*.py")] == ["conftest.py"]
     assert not Path("hunt/course/mutants.py").exists() and not Path("hunt/LOG.md").exists()
-    red = lambda folder, tests, seconds: {t: "red" if t == bugs[1].test else None for t in tests}
+    ours = []
+
+    def red(folder, tests, seconds, functions):
+        ours.append((tests, sorted((file, f) for file in functions for f in functions[file])))
+        return {t: "red" if t == bugs[1].test else None for t in tests}
+
     monkeypatch.setattr(mutants, "run_tests", red)
     assert grade.main(["hunt", "--bughunt", "ada"]) == 1
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [line.startswith("NOT mended") for line in lines] == [False, True, False]
+    others = lambda i: sorted(mutants.place(bug) for k, bug in enumerate(bugs) if k != i)
+    assert ours == [([bug.test], others(i)) for i, bug in enumerate(bugs)]
+    assert "is not of the bug hunt with the seed Ada" in refused(grade.main, ["hunt", "--bughunt", "Ada"])
 
 
 def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, world, engine):
-    """Claim: a run passes whose log is whole, reaches the bar, and whose checkpoint answers its world's questions as
-    the log says. Better numbers in the log, a missing step, or another world's checkpoint are named.
-    Fails if: grade_run compares the log with itself, or does not look at the checkpoint's world_seed.
+    """Claim: a run passes whose log is whole, reaches the bar on as many questions as by default, and whose checkpoint
+    answers its world's questions as the log says. Better numbers in the log, a missing step, a run that ended early,
+    one judged on few questions, and another world's checkpoint or whole run are named.
+    Fails if: grade_run compares the log with itself, or does not look at eval_limit, or at one of the three worlds.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "task", lambda seed: (world.test, engine, world))
     monkeypatch.setattr(grade, "THRESHOLDS", Path("bar.json"))
     Path("bar.json").write_text('{"tiny/grpo": {"eval/em_1hop": 0.0, "eval/em_2hop": 0.0}}')
+    monkeypatch.setattr(train.Config, "eval_limit", 8)
     config = train.parse_config(["--steps", "2", "--eval-limit", "8", "--output-dir", "run"])
     model, ck = random_model(tokenizer), Path("run/checkpoint-2")
     model.save_pretrained(ck), tokenizer.save_pretrained(ck)
@@ -211,15 +229,22 @@ def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, 
     def graded(em=0.0, steps=(0, 1, 2)):
         lines = [{"step": s, "eval/em_1hop": em, "eval/em_2hop": 0.0} for s in steps]
         Path("run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return [what for what, why in grade.grade_run("run") if why]
+        return [what for what, why in grade.grade_run("run", world_seed) if why]
 
+    world_seed = None
+    assert graded() == []
+    world_seed = 4711
+    assert graded() == ["it is of world 4711"]
+    world_seed = 0
     assert graded() == []
     assert graded(em=1.0) == ["the checkpoint gives eval/em_1hop"]
     assert graded(steps=(0, 2)) == ["every step is in the log, once"]
     Path("bar.json").write_text('{"tiny/grpo": {"eval/em_1hop": 0.95}}')
     assert graded() == ["eval/em_1hop is at least 0.95"]
     Path(ck, "search_r1.json").write_text(json.dumps(settings | {"world_seed": 5}))
-    assert "the checkpoint is of this world" in graded()
+    assert "it is of world 0" in graded()
+    Path("run/config.json").write_text(json.dumps(vars(config) | {"eval_limit": 2, "steps": 9}))
+    assert {"evaluated with --eval-limit 8", "its last checkpoint is there"} < set(graded())
     assert "is not the folder of a run" in refused(grade.main, ["--run", "nowhere"])
     assert "leave out --exercises and --bughunt" in refused(grade.main, ["--run", "nowhere", "--bughunt", "ada"])
 
@@ -271,3 +296,4 @@ def test_questions_far_from_training_have_the_right_answers(tokenizer, world, ca
         "training questions", "reworded", "held out", "another world", "three hops"
     ]  # fmt: skip
     assert len(rows[5].split()) == 5 and len(rows[4].split()) == 7
+    assert "cannot be negative" in refused(transfer.main, ["ck", "--limit", "-1"])

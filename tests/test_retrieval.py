@@ -437,8 +437,9 @@ def test_every_kind_of_index_finds_the_same_and_is_as_large_as_predicted(tmp_pat
 
 def test_bm25_is_the_formula():
     """Claim: scores are those of the formula, computed word by word for each passage, and rows come in the order of the
-    scores. A passage without a word of the query is not found.
-    Fails if: the lists are not sorted by word, idf loses its `1 +`, or a score of 0 is returned.
+    scores, the best ones if fewer are asked for. A passage without a word of the query is not found.
+    Fails if: the lists are not sorted by word, idf loses its `1 +`, a score of 0 is returned, or the k worst are
+    (`-score_N, min(k` -> `score_N, min(k`).
     """
     contents = [("", "a b b c"), ("a", "c c c c c d"), ("", "b d e f"), ("z", "y")]
     passages = [Passage(str(i), title, text) for i, (title, text) in enumerate(contents)]
@@ -457,9 +458,10 @@ def test_bm25_is_the_formula():
     for query in ("a", "b b", "c d e", "q", "y a q"):
         want = sorted(((score(query, t), -row) for row, t in enumerate(texts)), reverse=True)
         want = [(s, -row) for s, row in want if s > 0]
-        scores, rows = ranker.rank([query], 4)
-        assert rows[0].tolist() == [row for _, row in want] + [-1] * (4 - len(want))
-        np.testing.assert_allclose(scores[0, : len(want)], [s for s, _ in want], rtol=1e-5)
+        for k in (1, 2, 4):
+            scores, rows = ranker.rank([query], k)
+            assert rows[0].tolist() == [row for _, row in want[:k]] + [-1] * (k - len(want))
+            np.testing.assert_allclose(scores[0, : len(want)], [s for s, _ in want[:k]], rtol=1e-5)
 
 
 def test_the_reranker_reads_each_query_with_its_own_candidates(tmp_path):
