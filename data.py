@@ -527,7 +527,8 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
     if packed:  # its weights are unpacked now, but transformers would refuse to save a model that came from such a file
         config, state = policy.config, policy.state_dict()
         config.__dict__.pop("quantization_config", None)
-        policy = type(policy)(config).to(policy.dtype)
+        # PITFALL: .to(bfloat16) would round the frequencies of the positions, too.
+        policy = AutoModelForCausalLM.from_config(config, dtype=policy.dtype)
         policy.load_state_dict(state)
     policy = policy.to(device).eval()
     # Rollout and training compute logits as head(hidden). A model that scales or caps its logits is another policy.

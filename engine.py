@@ -40,10 +40,11 @@ def slot_bytes(policy, max_length):
     return (max_length + 1) * c.num_hidden_layers * 2 * heads * head_dim * policy.dtype.itemsize
 
 def slots_for(policy, conversations, max_length):
-    """How many of so many conversations are in flight at once, where nobody says it: all that the two bounds allow."""
-    most = GPU_SLOTS if policy.get_output_embeddings().weight.is_cuda else conversations
-    held = CACHE_BYTES // slot_bytes(policy, max_length)  # Llama-3.2-3B, 4096 ids: 18
-    return max(1, min(conversations, most, held))
+    """How many of so many conversations are in flight at once, where nobody says it: all that the bounds allow."""
+    weight, most, room = policy.get_output_embeddings().weight, conversations, CACHE_BYTES
+    if weight.is_cuda:
+        most, room = GPU_SLOTS, min(room, torch.cuda.mem_get_info(weight.device)[0] // 2)  # half of what is free
+    return max(1, min(conversations, most, room // slot_bytes(policy, max_length)))  # Llama-3.2-3B, 4096 ids: 18
 
 class Slots:
     """Slot s holds keys and values of positions 0..lengths[s]-1 of one conversation, left-aligned and without holes.
@@ -187,14 +188,18 @@ def captured(run, slots):
     """run() -> tensor, as a function that replays it: a CUDA graph, or on a CPU run itself."""
     if slots.device.type != "cuda":
         return run
-    slots.stream.wait_stream(torch.cuda.current_stream())
+    now = torch.cuda.current_stream(slots.device)
+    slots.stream.wait_stream(now)
     with torch.cuda.stream(slots.stream):  # the first calls choose kernels and take workspaces; a capture must not
         run()
         run()
-    torch.cuda.current_stream().wait_stream(slots.stream)
+    now.wait_stream(slots.stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=slots.pool, stream=slots.stream):
-        out = run()
+    try:
+        with torch.cuda.graph(graph, pool=slots.pool, stream=slots.stream):
+            out = run()
+    finally:
+        torch.cuda.set_stream(now)  # a capture that fails would leave its own stream behind
 
     def replay():
         graph.replay()

@@ -665,7 +665,9 @@ def restore(models, config):
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise Mistake(f"{newest}/trainer_state.pt cannot be read: {error!r:.99}; a new run: --model {newest}") from None
     for name, network, optimizer in models.learners():
-        optimizer.load_state_dict(state[f"{name}_optimizer"])
+        saved = state[f"{name}_optimizer"]
+        saved["param_groups"][0]["fused"] = optimizer.defaults["fused"]  # as this device wants it, not the saved run's
+        optimizer.load_state_dict(saved)
         for (key, p), master in zip(trained(network, name).items(), optimizer.param_groups[0]["params"]):
             master.detach().copy_(state[name][key])
             p.detach().copy_(master)
@@ -888,7 +890,8 @@ def resumed_config(given):
     return check_config(Config(**(saved | given | {"resume": folder, "output_dir": folder})))
 
 def main(argv=None):
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # blocks of many sizes leave fewer gaps
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which the newer one would override
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # blocks of many sizes: fewer gaps
     config = parse_config(sys.argv[1:] if argv is None else argv)
     changed = {k: v for k, v in asdict(config).items() if v != getattr(Config, k) and k != "output_dir"}
     print(f"{config.output_dir}: " + ", ".join(f"{k} {v}" for k, v in changed.items()))  # all values: config.json

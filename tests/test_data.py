@@ -618,9 +618,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 
 def test_a_gguf_file_is_unpacked_into_a_plain_model(tmp_path, tokenizer, monkeypatch):
     """Claim: --model FILE.gguf asks transformers for that file in its folder, and gives a model that can be saved like
-    any other. Without the packages that read it one line names them.
-    Fails if: load_checkpoint hands the file's own path on, catches no ImportError, keeps quantization_config, or gives
-    "auto" to torch.
+    any other, in bf16 with the frequencies of its positions in fp32. Without the packages that read it one line names
+    them.
+    Fails if: load_checkpoint hands the file's own path on, catches no ImportError, keeps quantization_config, gives
+    "auto" to torch, or converts the whole model (`from_config(config, dtype=policy.dtype)` ->
+    `from_config(config).to(policy.dtype)`).
     """
     file, model, asked = tmp_path / "small.gguf", random_model(tokenizer), []
     file.write_bytes(b"GGUF")
@@ -640,6 +642,11 @@ def test_a_gguf_file_is_unpacked_into_a_plain_model(tmp_path, tokenizer, monkeyp
     assert asked == [(tmp_path, "small.gguf")] * 2 and policy is not model
     assert not hasattr(policy.config, "quantization_config")
     assert all(torch.equal(t, weights[name]) for name, t in policy.state_dict().items())
+    exact = policy.base_model.rotary_emb.inv_freq
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    policy, _ = data.load_checkpoint(str(file), dtype="auto")
+    assert policy.dtype == torch.bfloat16 and torch.equal(policy.base_model.rotary_emb.inv_freq, exact)
 
 
 def test_a_head_that_is_not_linear_is_refused(tmp_path, tokenizer, model, monkeypatch):

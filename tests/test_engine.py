@@ -337,8 +337,9 @@ def test_a_group_needs_its_slots(model, tokenizer):
 
 def test_slots_may_be_a_number_and_none_is_one_a_conversation(model, tokenizer, monkeypatch):
     """Claim: slots says how many rows are in flight, as Slots or as an int. None, on a CPU, is one a conversation, but
-    no more than CACHE_BYTES hold, and at least a group.
-    Fails if: run makes one a conversation whatever the int says, slots_for forgets the bytes, or run the group.
+    no more than CACHE_BYTES hold, and at least a group; on a GPU at most 64, and what half of the free memory holds.
+    Fails if: run makes one a conversation whatever the int says, slots_for forgets the bytes, or the card's
+    (`mem_get_info(weight.device)[0] // 2` -> `mem_get_info(weight.device)[1]`), or run the group.
     """
     seen, plain = set(), engine.feed
     monkeypatch.setattr(engine, "feed", lambda *args: seen.add(len(args[1].lengths)) or plain(*args))
@@ -352,6 +353,13 @@ def test_slots_may_be_a_number_and_none_is_one_a_conversation(model, tokenizer, 
         sampled(model, tokenizer, group_size=2, do_search=False)
         assert seen == {want}
     engine.run(model, [], None, 200)  # nothing to do
+    bytes_each = engine.slot_bytes(model, 200)
+    weight = types.SimpleNamespace(is_cuda=True, device="cuda")
+    card = types.SimpleNamespace(config=model.config, dtype=model.dtype, get_output_embeddings=lambda: types.SimpleNamespace(weight=weight))
+    for held, room, want in ((100, 100, 64), (100, 7, 7), (7, 100, 7), (0, 100, 1)):
+        monkeypatch.setattr(engine, "CACHE_BYTES", held * bytes_each)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * room * bytes_each, 10**12))
+        assert engine.slots_for(card, 500, 200) == want
 
 
 def test_searches_that_come_first_are_served_before_anything_is_fed(model, monkeypatch):

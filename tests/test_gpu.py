@@ -5,8 +5,10 @@ addresses that it saw. On a machine with a GPU the same cases run with real grap
 """
 
 import ast
+import contextlib
 import copy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -190,6 +192,28 @@ def test_a_graph_that_is_wrong_is_found_and_the_run_goes_on_without(model, token
     same(sampled(model, tokenizer, 0.0, slots=slots), want)
     said = capsys.readouterr().out + capsys.readouterr().err
     assert len(calls) == 1 and not slots.graphs and said.count("CUDA graphs are off") == 1 == said.count("\n")
+
+
+def test_a_capture_that_fails_leaves_its_stream(monkeypatch):
+    """Claim: torch.cuda.graph stays on the capture stream if ending a capture fails; captured goes back to the stream
+    that it came from.
+    Fails if: `torch.cuda.set_stream(now)` goes.
+    """
+    current, now, own = [], mock.Mock(), mock.Mock()
+
+    @contextlib.contextmanager
+    def graph(graph, pool, stream):
+        current.append(stream)
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    fakes = {"current_stream": lambda device: now, "stream": lambda stream: contextlib.nullcontext(), "graph": graph}
+    for name, fake in (fakes | {"CUDAGraph": mock.Mock, "set_stream": current.append}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    slots = mock.Mock(device=torch.device("cuda"), stream=own)
+    with pytest.raises(RuntimeError, match="during capture"):
+        engine.captured(lambda: None, slots)
+    assert current == [own, now]
 
 
 def test_without_graphs_none_is_made(model, tokenizer, monkeypatch):

@@ -985,9 +985,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_the_third_in_a_row_ends_th
 def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
     """Claim: --resume refuses a flag with another value than the run had, and a run that is complete; the command that
     started the run, repeated with --resume and more steps, goes on with it, and the folder says so. A folder that is
-    only called like a checkpoint is left alone.
-    Fails if: resumed_config ignores what else was given, restore does not write the config, or restore or tidy takes
-    "checkpoint-*" for a step.
+    only called like a checkpoint is left alone. Adam is fused or not as the device wants it, wherever the run began.
+    Fails if: resumed_config ignores what else was given, restore does not write the config, restore or tidy takes
+    "checkpoint-*" for a step, or restore takes `fused` from the file.
     """
     run = SMALL + ["--output-dir", "run"]
     train.main(run)
@@ -998,7 +998,12 @@ def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
         with pytest.raises(Mistake, match=message):
             train.main(flags)
     shutil.copytree("run/checkpoint-2", "run/checkpoint-best")  # somebody's copy
+    state = torch.load("run/checkpoint-2/trainer_state.pt")
+    state["policy_optimizer"]["param_groups"][0]["fused"] = True  # as on a GPU
+    torch.save(state, "run/checkpoint-2/trainer_state.pt")
     train.main(run + ["--resume", "run", "--steps", "3"])
+    (group,) = torch.load("run/checkpoint-3/trainer_state.pt")["policy_optimizer"]["param_groups"]
+    assert group["fused"] is None
     assert [line["step"] for line in metrics("run")] == [0, 1, 2, 3]
     assert json.loads(Path("run/config.json").read_text())["steps"] == 3
     assert train.parse_config(["--resume", "run", "--steps", "9"]).output_dir == "run"
