@@ -3,7 +3,7 @@
 Without flags a tiny language model learns to search in a tiny world (data.py), in a few minutes on two CPU cores; its
 last line ends "as expected." With --model, --train-data and --corpus the same loop trains a real model:
 
-    1 questions    2 rollouts [Alg. 1]    3 rewards [Eq. 4]    4 log-probs of the reference, values of the critic
+    1 questions    2 rollouts [Alg. 1]    3 rewards [Eq. 4]    4 values of the critic, KL penalty if in the reward
     5 advantages [Eq. 2: GAE, Eq. 3: group]    6 update [Eq. 2, Eq. 3]    7 log    8 evaluate and save
 
 PPO and GRPO differ in phase 5, and in where the KL penalty stands: k1 in the reward (PPO), k3 in the loss (GRPO). The
@@ -178,11 +178,11 @@ def train(config, policy, task):
             # Phase 3. Rewards [Eq. 4].
             rewards_B, em_B = rewards(rollouts, config, rng)
 
-            # Phase 4. The batch, log-probs of the reference, values of the critic.
+            # Phase 4. The batch, values of the critic; if the KL penalty stands in the reward, that of the reference.
             batch = collate(rollouts, device, mask_retrieved=not config.no_mask)
             token_rewards_BT = token_rewards(models, batch, rewards_B, config)
 
-            # Phase 5. Advantages: the one place where the algorithms differ.
+            # Phase 5. Advantages: the one place where the loop differs between algorithms.
             if config.algo == "ppo":  # [Eq. 2]
                 returns = gae(token_rewards_BT, batch.values_BT, batch.mask_BT, config.gamma, config.lam)
                 batch.advantages_BT, batch.returns_BT = whiten(returns[0], batch.mask_BT), returns[1]

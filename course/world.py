@@ -1,6 +1,6 @@
 """A look at a tiny world: its size, the ceiling that its engine sets, what is found, what its base model is shown.
 
-    python -m course.world [--world-seed 0]        six seconds on two slow cores
+    python -m course.world [--world-seed 0]        seven seconds on two slow cores
 """
 
 import random

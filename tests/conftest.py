@@ -1,6 +1,6 @@
 """What several test files share: models and tokenizers without training, scripted policies, a small world, a batch.
 
-A claim of the paper is marked: `python -m pytest -q -m paper -v tests` reads like the paper's summary.
+A claim of the paper is marked: `python -m pytest -m paper -v tests` reads like the paper's summary.
 """
 
 import argparse

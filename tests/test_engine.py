@@ -355,7 +355,8 @@ def test_slots_may_be_a_number_and_none_is_one_a_conversation(model, tokenizer, 
     engine.run(model, [], None, 200)  # nothing to do
     bytes_each = engine.slot_bytes(model, 200)
     weight = types.SimpleNamespace(is_cuda=True, device="cuda")
-    card = types.SimpleNamespace(config=model.config, dtype=model.dtype, get_output_embeddings=lambda: types.SimpleNamespace(weight=weight))
+    card = types.SimpleNamespace(config=model.config, dtype=model.dtype)
+    card.get_output_embeddings = lambda: types.SimpleNamespace(weight=weight)
     for held, room, want in ((100, 100, 64), (100, 7, 7), (7, 100, 7), (0, 100, 1)):
         monkeypatch.setattr(engine, "CACHE_BYTES", held * bytes_each)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * room * bytes_each, 10**12))
