@@ -179,8 +179,8 @@ def make_tokenizer():
 # ----- 2. Its base model. It is shown episodes: lists of segments (text, True where the policy wrote it) -----
 
 def reading_episode(world, facts, count, rng):
-    """`count` passages, then for each of them a question and its answer, in random order. Half of the other passages
-    share the first one's entity, a third its relation: to read is to tell these apart."""
+    """`count` passages, then for each of them a question and its answer, in random order. Of the other passages, half
+    share the first one's entity and three in ten its relation: to read is to tell these apart."""
     relation, subject = rng.choice(facts)
     same = [r.name for r in RELATION.values() if r.subject == KIND_OF[subject]]
     chosen = {(relation, subject)}

@@ -1,6 +1,6 @@
 """Generation: many conversations at once, over a few slots of keys and values.
 
-The official code hands this job to vLLM, which wants a copy of the weights of its own. Here the policy that is trained
+The official code hands this job to vLLM, which needs its own copy of the weights. Here the policy that is trained
 also samples. A conversation is a generator (searchr1.converse): it yields what it wants, a token or passages, and this
 file answers all that are in flight together.
 
@@ -40,7 +40,7 @@ def slot_bytes(policy, max_length):
     return (max_length + 1) * c.num_hidden_layers * 2 * heads * head_dim * policy.dtype.itemsize
 
 def slots_for(policy, conversations, max_length):
-    """How many of so many conversations are in flight at once, where nobody says it: all that the bounds allow."""
+    """How many conversations run at once if the caller does not say: as many as memory and GPU_SLOTS allow."""
     weight, most, room = policy.get_output_embeddings().weight, conversations, CACHE_BYTES
     if weight.is_cuda:
         most, room = GPU_SLOTS, min(room, torch.cuda.mem_get_info(weight.device)[0] // 2)  # half of what is free
@@ -59,8 +59,8 @@ class Slots:
     def __init__(self, policy, slots, max_length, static=None, graphs=True):
         self.device = policy.get_output_embeddings().weight.device
         self.static = self.device.type == "cuda" if static is None else static
-        self.most = max_length + 1  # columns; the last one is never visible
-        self.capacity = self.most if self.static else 0  # a graph replays over fixed addresses; elsewhere they grow
+        self.columns = max_length + 1  # the last one is never visible
+        self.capacity = self.columns if self.static else 0  # fixed addresses for a graph; elsewhere the buffers grow
         self.layers = []  # a pair [keys, values] a layer, each [slots, heads, capacity, d]
         self.lengths = [0] * slots
         self.head = None  # the lm_head in fp32, on a CPU, where a product of bf16 numbers would be rounded to bf16
@@ -74,11 +74,11 @@ class Slots:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
     def place(self, rows, blocks):
-        """Append blocks[i], a list of ids, to slot rows[i] -> (ids padded to the longest block, [n, T]; the index of
-        each row's last id among them, [n]; the Block that says where they are written)."""
+        """Where the ids of blocks[i] go in slot rows[i] -> (ids padded to the longest block, [n, T]; the index of each
+        row's last id among them, [n]; the Block that says where they are written)."""
         T, width = max(map(len, blocks)), max(self.lengths[row] + len(block) for row, block in zip(rows, blocks))
         if not self.static and self.capacity <= width:
-            self.capacity = min(self.most, width + width // 2 + 16)
+            self.capacity = min(self.columns, width + width // 2 + 16)
         # One table, so that a decoding step waits for one transfer to the GPU and not for one a column.
         table = [[row, self.lengths[row], len(b), *b, *[0] * (T - len(b))] for row, b in zip(rows, blocks)]
         table = torch.tensor(table, device=self.device)
@@ -103,7 +103,7 @@ class Block:
 
     slots: Slots
     rows_n: torch.Tensor  # long, the slot of each row
-    first: bool  # rows_n is 0, 1, ..., n-1: keys can be read in place
+    in_order: bool  # rows_n is 0, 1, ..., n-1: keys can be read in place
     positions_nT: torch.Tensor  # long, position of each id in its conversation
     places_nT: torch.Tensor  # long, column that each id writes; padding writes the last one
     width: int  # columns that this block can see
@@ -121,7 +121,7 @@ class Block:
                 stores[i] = torch.cat([stores[i], room], dim=2)
             stores[i][self.rows_n[:, None], :, self.places_nT] = new.transpose(1, 2)
         seen = [store[:, :, : self.width] for store in stores]
-        return tuple(store[:n] if self.first else store[self.rows_n] for store in seen)
+        return tuple(store[:n] if self.in_order else store[self.rows_n] for store in seen)
 
     def get_seq_length(self, *_):
         return 0  # models ask in order to guess positions; ours are always given
@@ -219,14 +219,14 @@ def feed(policy, slots, rows, blocks):
         logits = [feed(policy, slots, [rows[i] for i in piece], [blocks[i] for i in piece]) for piece in pieces]
         return torch.cat(logits)[torch.tensor(order, device=slots.device).argsort()]
     ids_nT, last_n, place = slots.place(rows, blocks)
-    run = decode if slots.graphs and place.first and ids_nT.shape[1] == 1 else hidden_states
+    run = decode if slots.graphs and place.in_order and ids_nT.shape[1] == 1 else hidden_states
     hidden_nTD = run(policy, place, ids_nT)
     for row, block in zip(rows, blocks):
         slots.lengths[row] += len(block)
     last_nD = hidden_nTD[torch.arange(len(rows), device=slots.device), last_n]
     weight_VD = policy.get_output_embeddings().weight
     if slots.device.type == "cpu":
-        slots.head = weight_VD.float() if slots.head is None else slots.head
+        slots.head = weight_VD.float() if slots.head is None else slots.head  # converted once, not for each token
         with bf16_units(policy.dtype):
             return last_nD.float() @ slots.head.T
     return matmul_fp32(last_nD, weight_VD.T)
@@ -280,7 +280,7 @@ class Talk:
         self.held = self.context  # the record whose keys are in its slot
 
     def advance(self, answer):
-        """Send what was asked for, and note the next wish."""
+        """Send what the generator waits for, and note what it asks for next."""
         try:
             wish = self.generator.send(answer)
         except StopIteration:
@@ -326,7 +326,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     search         list[str] -> list of lists of passages
     max_length     ids that a record may hold
     slots          Slots to work in (they bound what is in flight), or how many to make. None: see slots_for
-    Raises Mistake if a group is larger than the slots, RuntimeError if the engine loses a query.
+    Raises Mistake if a group is larger than the slots, RuntimeError if the search engine loses a query.
 
     Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
     rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
@@ -362,7 +362,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
         return torch.tensor(at_2n, device=device)
 
     def step(talks, logits_nV, at_2n):
-        """Sample the next token of these conversations and hand it to them (None: nobody wants it)."""
+        """Sample the next token of these conversations and hand it to them; None: the row's token is thrown away."""
         draws_n = draws_BL[at_2n[0], at_2n[1].clamp_max(max_length - 1)] if temperature else None
         drawn_2n = torch.stack([t.to(double) for t in sample(logits_nV, temperature, draws_n)])  # one transfer back
         for talk, token, logprob in zip(talks, *drawn_2n.tolist()):
@@ -394,6 +394,6 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
             if len(running) - len(rows) >= max(1, len(running) // 4):
                 break
             blocks = [pending(row) if writing(row) else [] for row in range(len(running))]
-            talks = [talk if block else None for talk, block in zip(running, blocks)]
-            step(talks, feed(policy, slots, range(len(running)), blocks), at_2n)
+            takers = [talk if block else None for talk, block in zip(running, blocks)]
+            step(takers, feed(policy, slots, range(len(running)), blocks), at_2n)
             at_2n[1] += 1

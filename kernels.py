@@ -13,7 +13,7 @@ formula, for which it makes each slice of logits a second time instead of storin
     2. statistics of a slice    statistics_twin, statistics_kernel    for the forward pass
     3. gradient of a slice      gradient_twin, gradient_kernel        for the backward pass
     4. the autograd function    RowsToLogprob                         the loop over the slices
-    5. the two entrances        fused_logprob_kl takes logits, fused_linear_logprob_kl hidden states and the lm_head
+    5. the two entry points     fused_logprob_kl takes logits, fused_linear_logprob_kl hidden states and the lm_head
 
 Each Triton kernel has a twin in PyTorch: the specification, and what runs on a CPU. Both are tested against float64.
 
@@ -371,7 +371,7 @@ class RowsToLogprob(torch.autograd.Function):
             d_rows = torch.zeros_like(rows).index_copy_(0, index_n, d_rows.to(rows.dtype))
         return d_rows, d_weight, *[None] * 8
 
-# ----- 5. The two entrances -----
+# ----- 5. The two entry points -----
 
 def resolve_impl(impl, tensor):
     """impl str -> True for the kernels, False for the twins. "auto" takes the kernels if the tensor is on a GPU and

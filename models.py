@@ -43,7 +43,7 @@ from searchr1 import Critic
 # `python train.py --preset NAME --algo ALGO` runs with.
 
 # The paper's recipe [the official v0.2 scripts, the paper's appendix], with a batch for one card and one update a step:
-# ten updates on 2560 rollouts are where the official GRPO collapses. The warm-ups are 0.285 and 0.015 of the steps.
+# with ten updates on 2560 rollouts the official GRPO collapses. The warm-ups are 0.285 and 0.015 of the steps.
 REAL = {
     "steps": 300, "batch_size": 16, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6,
     "critic_lr": 1e-5, "warmup_steps": 86, "critic_lr_warmup_steps": 5, "critic_warmup_steps": 0, "cooldown": 0,
@@ -90,7 +90,7 @@ LAPTOP = {
 LAPTOP_ONE = {"batch_size": 40, "group_size": 1}
 LAPTOP_FORMAT = {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4}
 
-# The tiny world. What sft imitates is right from the first step, so nothing is learned by that measure.
+# The tiny world. The log's EM is that of the rollouts that are imitated, not of the policy: no until_learned.
 IMITATION = {"kl_coef": 0.0, "minibatches": 1, "until_learned": False}
 
 PRESETS = {
@@ -140,7 +140,7 @@ PRESETS = {
 # ----- 2. Adapters, and the role that a model plays -----
 
 class Adapted(torch.nn.Module):
-    """[D14] A frozen linear layer and a trained change of low rank a role [LoRA Eq. 3]: y = W x + b + alpha/r B A x.
+    """[D14] A frozen linear layer and a trained low-rank change per role [LoRA Eq. 3]: y = W x + b + alpha/r B A x.
     weight [out, in] and bias are the layer's own, under their old names. A [r, in] is uniform in +-1/sqrt(in), B [out,
     r] is 0, so that every role begins as the base model. `role` says whose change is on; None: nobody's."""
 

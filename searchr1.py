@@ -14,9 +14,9 @@ answers. Its only training signal is whether the final answer is right.
     9. afterwards: the second paper's format reward; 10. reading a rollout, a demonstration without a model
 
 Shapes are suffixes: B rollouts, Q questions, G rollouts a question (B = Q*G), L positions of ids, T = L-1 predicted
-positions, V vocabulary, D hidden. L turns into T in one place, `collate`. The paper's budget of turns is `max_turns`.
+positions, V vocabulary, D hidden. L turns into T only in section 5. The paper's budget of turns is `max_turns`.
 
-Departures from the paper (P) and the official code (C), tagged where they happen:
+Departures from the paper (P) and the official code (C), tagged where they happen; train, models and eval list others:
   [D1] C  The tokens that were sampled are the tokens that are trained. The official code decodes each turn, cuts the
           text at the tag and encodes it again, so it can train on other tokens than it sampled.
   [D2] C  One response mask, made together with the token, for loss, KL, GAE, whitening and critic. The official code
@@ -28,7 +28,7 @@ Departures from the paper (P) and the official code (C), tagged where they happe
   [D6] C  Passages are cut to their budget, the closing tag never. The official code cuts the whole block.
   [D7] P,C The loss is the mean over all tokens of the minibatch. Eq. 3 averages within each rollout first, which gives
           a token of a short rollout more weight; the official code averages within each micro-batch first.
-  [D8] C  An answer that normalises to nothing ("The", "...") earns nothing, even if a gold answer does so too.
+  [D8] C  An answer that normalises to nothing ("The", "...") earns nothing, even if a gold answer is just as empty.
   [D13] C Without a chat template (Llama 3.2 base) the prompt begins with the tokenizer's start-of-sequence token, which
           the model has always seen first. The official code leaves it out.
 
@@ -80,7 +80,7 @@ PROMPTS = {"official": None, "short": "Search, read, then answer. Question: {que
 def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts):
     """question str -> prompt str: the official template, as one user message if the tokenizer has a chat template. Base
     models go through the chat template, too, as in the official code; without it a 3B base model loses about eight
-    points. template: another one, with {question} and whatever `parts` fill (the baselines of eval.py)."""
+    points of EM. template: another text with {question} and fields that `parts` fills (the baselines in eval.py)."""
     question = question.strip().removesuffix("?") + "?"
     content = (template or (TEMPLATE if do_search else NO_SEARCH_TEMPLATE)).format(question=question, **parts)
     if getattr(tokenizer, "chat_template", None):
@@ -138,7 +138,7 @@ class Settings:
 
     max_turns: int = 4  # turns that may search, the paper's budget; then one more that cannot, as in the official code
     max_new_tokens: int = 500  # tokens of a turn
-    max_obs_length: int = 500  # tokens of a block of passages
+    max_obs_length: int = 500  # tokens of what answers a turn: passages, or the message after an invalid one
     max_length: int = 4096  # tokens of prompt and conversation together
     top_k: int = 3  # passages a search
     do_search: bool = True  # False is the paper's R1: its own prompt, one turn
@@ -147,7 +147,7 @@ class Settings:
 
 @dataclass
 class Rollout:
-    """One conversation. It is made once and only ever grows. The three lists run over the same L positions."""
+    """One conversation, made once; it only ever grows. ids, response_mask and logprobs share the same L positions."""
 
     question: Question | str  # as it was asked
     ids: list  # token ids: the prompt, then what was sampled and what was retrieved, in order
@@ -158,7 +158,7 @@ class Rollout:
     finished: bool = False  # ended by an answer
     turns: list = field(default_factory=list)  # what the policy wrote, decoded for reading, one str a turn
     searches: list = field(default_factory=list)  # the queries that were sent
-    found: list = field(default_factory=list)  # one a turn: the passages shown, or None if the turn did not search
+    found: list = field(default_factory=list)  # for each turn: the passages it found, or None if it did not search
     num_valid_actions: int = 0  # turns that ended in an executed search or an answer
 
     @property
@@ -207,8 +207,8 @@ def converse(r, tokenizer, settings, ends=None):
         r.append(block)  # not written by the policy: mask 0
 
 def turn_ended(ids, start, limit, tokenizer, ends, stop_tags=STOP_TAGS):
-    """[Alg. 1 l. 4] Does the last of `ids` end the turn that began at `start`: a stop tag, end of sequence [D4], limit?
-    The tag is looked for in the decoded end of THIS turn. The token that completes it stays, overhang included."""
+    """[Alg. 1 l. 4] Does the last id end the turn that began at `start`: with a stop tag, end of sequence [D4], limit?
+    The tag (9 characters at most) is sought in THIS turn's last 16 ids. The token that completes it stays whole."""
     can_close = ids[-1] in engine.closing_ids(tokenizer, stop_tags)
     tail = tokenizer.decode(ids[max(start, len(ids) - 16) :]) if can_close else ""
     return ids[-1] in ends or len(ids) >= limit or any(tag in tail for tag in stop_tags)
@@ -218,7 +218,7 @@ def observation_ids(tokenizer, text, budget, closing=""):
     It is encoded apart from what the policy wrote, so that training sees the ids that sampling saw. Special tokens that
     are spelled out in a passage stay plain text: a hostile `<|im_end|>` must not become one."""
     encode = lambda part: tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    text = text if len(text) < 50 * budget else text[: 50 * budget] + closing  # a passage of a million characters
+    text = text if len(text) < 50 * budget else text[: 50 * budget] + closing  # never encode a million characters
     ids = encode(text)
     tail = encode(closing) if len(ids) > budget else []
     return ids[: max(0, budget - len(tail))] + tail
@@ -241,7 +241,7 @@ def begin(question, ids, settings):
 def rollout(policy, tokenizer, questions, search, settings, group_size=1, temperature=1.0, generator=None, slots=None):
     """Hold G = group_size conversations about each of Q questions, all at once -> B = Q*G Rollouts, groups in a row.
 
-    policy       causal LM of transformers, or anything with base_model, get_output_embeddings and dtype
+    policy       causal LM of transformers, or anything with base_model, get_output_embeddings, config and dtype
     questions    Question records or plain str
     search       (list[str], top_k) -> list[list[Passage]]
     temperature  0 is greedy;  generator: torch.Generator on the policy's device;  slots, and the errors: engine.run"""
@@ -307,10 +307,10 @@ class Batch:
                      cut(self.ref_logprobs_BT), cut(self.advantages_BT), cut(self.values_BT), cut(self.returns_BT))
 
 def collate(rollouts, device="cpu", mask_retrieved=True):
-    """list of B Rollouts -> Batch. Here, once, L positions become T = L-1 predictions: token t+1 is scored at t.
-    mask_retrieved False is the paper's ablation [Table 4]: retrieved tokens are trained like the policy's own. Padding
-    is id 0, whatever that is: it stands to the right, where causal attention never looks, and it is masked. PITFALL: a
-    mask derived from `id != pad` would lose genuine tokens wherever pad = eos."""
+    """list of B Rollouts -> Batch. L positions become T = L-1 predictions: token t+1 is scored at t; head_inputs and
+    Critic cut likewise. mask_retrieved False is the paper's ablation [Table 4]: retrieved tokens are trained, too.
+    Padding is id 0, whatever that is: it is on the right, where causal attention never looks, and it is masked.
+    PITFALL: a mask derived from `id != pad` would lose genuine tokens wherever pad = eos."""
 
     def padded(rows, dtype):
         rows = [torch.tensor(row, dtype=dtype) for row in rows]
@@ -325,16 +325,16 @@ def collate(rollouts, device="cpu", mask_retrieved=True):
     )
 
 def head_inputs(policy, ids_BL):
-    """ids [B, L] -> hidden states [B, T, D] of all positions but the last, the lm_head's weight [V, D], and the next
-    tokens [B, T], which it scores. Only the body runs: policy(ids).logits would be the wall that kernels.py avoids."""
+    """ids [B, L] -> hidden states [B, T, D] of all positions but the last, the lm_head's weight [V, D], and the tokens
+    [B, T] that they predict. Only the body runs: policy(ids).logits would be [B, L, V], which kernels.py avoids."""
     hidden_BLD = policy.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
     return hidden_BLD[:, :-1], policy.get_output_embeddings().weight, ids_BL[:, 1:]
 
 def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0, ref_hidden_BTD=None, ref_weight_VD=None):
     """log pi(y_t | x, y_<t; R) of each token, and what else one pass over the vocabulary gives -> kernels.LogprobKL:
     logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; all fp32 [B, T], 0 where the mask is False.
-    The lm_head runs over masked-in positions only. Policy, old policy and reference all come through here. The last two
-    numbers need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0."""
+    The lm_head runs only where the mask is True. Policy, old policy and reference all come through here. Exact KL and
+    ref_logp need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0."""
     return fused_linear_logprob_kl(*head_inputs(policy, ids_BL), mask_BT, ref_hidden_BTD, ref_weight_VD, temperature)
 
 class Critic(torch.nn.Module):
@@ -372,21 +372,20 @@ def kl_k3(logprobs, ref_logprobs):
 # ----- 7. Advantages -----
 
 def rewards_at_end(rewards_B, mask_BT):
-    """Outcome rewards [B] -> [B, T], each on the last token that the policy wrote, 0 elsewhere."""
+    """Outcome rewards [B] -> the r_t of GAE, [B, T]: r(x, y) on the last token that the policy wrote, 0 elsewhere."""
     B, T = mask_BT.shape
     last_B = T - 1 - mask_BT.flip(1).float().argmax(1)
-    rewards_BT = torch.zeros(B, T, device=mask_BT.device)
-    rewards_BT[torch.arange(B, device=mask_BT.device), last_B] = rewards_B
-    return rewards_BT * mask_BT
+    rewards_BT = torch.zeros(B, T, device=mask_BT.device).scatter(1, last_B[:, None], rewards_B[:, None])
+    return rewards_BT * mask_BT  # a row that the policy wrote nothing of gets none
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     """[GAE Eq. 16] Generalised advantages and returns, both [B, T]; rewards, values float, mask bool.
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        return_t = A_t + V_t
     t+1 is the next token that the policy writes. Masked positions are skipped, since passages are part of the
-    environment's step [D2]; they get 0. After the last token there is no value to bootstrap from."""
+    environment's step [D2]; they get 0. V past the end is 0. With gamma = lam = 1, A_t = (sum of r from t on) - V_t."""
     advantages = torch.zeros_like(values)
-    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
@@ -397,7 +396,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     return advantages, torch.where(mask.bool(), advantages + values, 0.0)
 
 def whiten(x, mask):
-    """Shift and scale x [B, T] to mean 0 and unbiased standard deviation 1 over the unmasked batch; 0 where masked."""
+    """Shift and scale x [B, T] to mean 0 and unbiased std 1 over all positions where mask is True; 0 elsewhere."""
     mask = mask.bool()
     count = mask.sum().clamp_min(1)
     mean = torch.where(mask, x, 0.0).sum() / count
@@ -411,10 +410,10 @@ def group_advantages(rewards, group_size, normalize_std=True):
     advantage is its reward, as in the paper's Table 8. ValueError if B is no multiple of group_size."""
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
-    # PITFALL: in fp32 the mean of eight times 2/3 is not 2/3: divided by a deviation of almost 0, an advantage of 0.06.
-    rewards_QG = rewards.double().view(-1, group_size)
     if group_size == 1:
         return rewards.clone()
+    # PITFALL: the fp32 mean of eight times 2/3 is a bit off; over a std of almost 0 that is an advantage of 0.06.
+    rewards_QG = rewards.double().view(-1, group_size)
     advantages_QG = rewards_QG - rewards_QG.mean(1, keepdim=True)
     if normalize_std:
         advantages_QG = advantages_QG / (rewards_QG.std(1, keepdim=True) + 1e-6)
@@ -428,7 +427,7 @@ def token_mean(x, mask):
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, clip_high=None):
     """[Eq. 2, Eq. 3; PPO Eq. 7] Clipped surrogate over [B, T], token mean [D7] -> (loss, share of tokens clipped).
-    clip_high: epsilon of the upper side, where it is another one [DAPO: clip-higher]."""
+    clip_high: epsilon of the upper side, if it differs [DAPO: clip-higher]."""
     # [Eq. 2]  - 1/sum I(y_t)  sum_{t: I(y_t)=1}  min( rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t ),   rho_t = pi / pi_old
     ratio = torch.exp(torch.where(mask.bool(), logprobs - old_logprobs, 0.0))
     unclipped = ratio * advantages
@@ -455,8 +454,8 @@ FORMAT_STATES = {
 def check_format(response):
     """Response str -> (bool, why not). Think, search, information, think, ..., answer, and nothing after that."""
     state = "start"
-    for piece in re.split(r"(</?(?:think|search|information|answer)>)", response):
-        if re.fullmatch(r"</?(?:think|search|information|answer)>", piece):
+    for i, piece in enumerate(re.split(r"(</?(?:think|search|information|answer)>)", response)):
+        if i % 2:  # split() gives text, tag, text, tag, ...
             if piece not in FORMAT_STATES[state]:
                 return False, f"{piece} in state {state}"
             state = FORMAT_STATES[state][piece]
@@ -466,8 +465,8 @@ def check_format(response):
 
 def policy_view(rollout):
     """The response with every block of passages emptied. The format is checked on this, so that a passage that was cut
-    or holds tags can neither spoil nor forge the policy's format. What follows an invalid turn does spoil it, as in the
-    official code."""
+    or holds tags can neither spoil nor forge the policy's format. The message after an invalid turn is kept and spoils
+    it, as in the official code."""
     shown = rollout.found[:-1]  # nothing follows the last turn
     blocks = [INVALID_ACTION if passages is None else "<information></information>" for passages in shown]
     return "".join(text + block for text, block in zip(rollout.turns, [*blocks, ""]))
@@ -483,12 +482,12 @@ def format_reward(rollout, gold_answers, structure=0.2, final=0.1, retrieval=0.0
     return final if rollout.answer is not None else 0.0
 
 def retrieved_gold(rollout, gold_answers):
-    """True if some gold answer, normalised, is part of a passage that was shown."""
+    """True if some gold answer, normalised, is part of a passage that was found (also one that was cut away)."""
     return holds_gold([p for passages in rollout.found for p in passages or []], gold_answers)
 
 def holds_gold(passages, gold_answers):
     texts = [normalize_answer(f"{p.title} {p.text}") for p in passages]
-    return any(normalize_answer(gold) in text for gold in gold_answers for text in texts if normalize_answer(gold))
+    return any(gold and gold in text for gold in map(normalize_answer, gold_answers) for text in texts)
 
 # ----- 10. Reading a rollout, and a demonstration without a model -----
 
@@ -550,7 +549,7 @@ class ByteTokenizer:
 def play(r, talk, turns, search):
     """Drive a conversation by hand -> r. The policy "writes" `turns`, one list of ids a turn, and search(query) finds.
     A turn that runs out of ids goes on with 256. Tests prove the claims of Algorithm 1 with this, without a model."""
-    scripts, answer = dict(enumerate(map(iter, turns))), None
+    scripts, answer = {b: iter(ids) for b, ids in enumerate(turns)}, None
     while True:
         try:
             wish = talk.send(answer)

@@ -6,16 +6,16 @@ last line ends "as expected." With --model, --train-data and --corpus the same l
     1 questions    2 rollouts [Alg. 1]    3 rewards [Eq. 4]    4 values of the critic, KL penalty if in the reward
     5 advantages [Eq. 2: GAE, Eq. 3: group]    6 update [Eq. 2, Eq. 3]    7 log    8 evaluate and save
 
-PPO and GRPO differ in phase 5, and in where the KL penalty stands: k1 in the reward (PPO), k3 in the loss (GRPO). The
+PPO and GRPO differ in phase 5, and in where the KL penalty goes: k1 in the reward (PPO), k3 in the loss (GRPO). The
 paper's tuned baselines use the same phases: --algo sft takes gold answers for rollouts, --algo rejection the base
 model's right ones, and both imitate them; R1 is --no-search. Shapes are those of searchr1.py.
 
 Departures, besides those of searchr1.py and models.py (P: from the paper, C: from the official code):
   [D9]  C  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 2e-5 (tested), and a forward
            pass is saved. In bf16 they are 0.01 a token apart; there --recompute-old-logprobs, as in the official code.
-           With one update a step and the KL in the loss that is free: the update's own log-probs are the old ones.
-  [D10] C  GRPO leaves groups with equal rewards out of the update, with the KL term of their tokens: their advantage
-           is 0. If all groups are like that, all stay and only KL acts. Logged as frac_reward_zero_std.
+           With one update a step and the KL in the loss, recomputing is free: the update's own log-probs are used.
+  [D10] C  Rollouts of advantage 0 (GRPO: groups of equal rewards) stay out of the update, and so does their KL term. If
+           all advantages are 0, all stay and only KL acts. PPO keeps all. Logged as frac_reward_zero_std.
   [D11] C  The learning rate warms up from lr/warmup_steps, not from 0, which would waste the first step. In the tiny
            world a run ends with a cooldown, in which the rate falls to a tenth. It begins when nearly all answers are
            right, since some seeds need twice as many steps as others (LOG.md, 33).
@@ -72,7 +72,7 @@ class Config:
     world_seed: int = flag(0, "which tiny world")
     model: str = flag("", "folder or hub id of a causal LM; empty: the tiny base model")
     train_data: str = flag("", "question file (JSON lines: id, question, golden_answers), or sets: nq+hotpotqa")
-    eval_data: str = flag("", "held out; empty: the sets' evaluation splits, or of a file the last tenth, at most 100")
+    eval_data: str = flag("", "held out; empty: the sets' evaluation splits, or a file's last tenth (at most 100)")
     corpus: str = flag("", "passage file (JSON lines: id, contents), index DIR, contexts, wiki18, bm25:..., http://...")
     encoder: str = flag("hashed", "indexes contexts and wiki18: hashed, or an encoder (the paper: intfloat/e5-base-v2)")
     search_patience: int = flag(300, "seconds that a server may be silent before the run saves itself and ends")
@@ -82,12 +82,12 @@ class Config:
     dtype: str = flag("auto", "of weights and activations: bf16, fp32, or auto (bf16 with --model on cuda)")
     lora_rank: int = flag(0, "rank of the adapters on one frozen base; 0: full fine-tuning, as in the paper")
     lora_layers: int = flag(0, "only this many layers, the highest, get adapters, which is faster; 0: all")
-    lora_alpha: float = flag(32.0, "an adapter's change counts alpha / rank times")
+    lora_alpha: float = flag(32.0, "an adapter's output is scaled by alpha / rank")
     gradient_checkpointing: bool = flag(False, "repeat a layer's forward pass in the backward pass; official code: yes")
     slots: int = flag(0, "rollouts in flight at once; bounds memory; 0: all of a step")
-    no_cuda_graphs: bool = flag(False, "start the kernels of a decoding step one by one, if graphs make trouble")
+    no_cuda_graphs: bool = flag(False, "launch the kernels of a decoding step one by one, if graphs cause trouble")
     steps: int = flag(160, "RL steps; the paper: 500")
-    until_learned: bool = flag(True, "fewer steps: the cooldown begins when 95% / 85% are right at one hop / two hops")
+    until_learned: bool = flag(True, "end early: the cooldown begins when 95% / 85% are right at one hop / two hops")
     batch_size: int = flag(48, "questions a step, Q; the paper: 512")
     group_size: int = flag(5, "rollouts a question, G; the paper: 5 (GRPO), 1 (PPO)")
     minibatches: int = flag(4, "optimiser updates a step; the paper: 2 (PPO), 10 (GRPO)")
@@ -97,17 +97,17 @@ class Config:
     warmup_steps: int = flag(5, "linear warm-up of the learning rate, in RL steps; the paper: 0.285 of all")
     critic_lr_warmup_steps: int = flag(5, "the same for the critic; the paper: 0.015 of all")
     critic_warmup_steps: int = flag(3, "first steps in which only the critic learns (PPO)")
-    cooldown: int = flag(25, "last steps, half of them at most, in which the learning rate falls to a tenth")
+    cooldown: int = flag(25, "last steps (at most half the run) in which the learning rate falls to a tenth")
     adam_beta2: float = flag(0.95, "decay of Adam's mean square; official code: 0.999")
     weight_decay: float = flag(0.0, "pulls the weights towards 0, away from the reference; official code: 0.01")
     max_grad_norm: float = flag(1.0, "gradient clipping; the paper: 1.0")
     clip_eps: float = flag(0.2, "epsilon of the clipped ratio; the paper: 0.2")
-    clip_high: float = flag(0.0, "epsilon of its upper side, where it is another one; DAPO: 0.28")
+    clip_high: float = flag(0.0, "epsilon of its upper side, if different; 0: clip_eps; DAPO: 0.28")
     value_clip: float = flag(0.5, "range of the clipped value loss; official code: 0.5")
     gamma: float = flag(1.0, "discount; the paper: 1")
     lam: float = flag(1.0, "lambda of GAE; the paper: 1")
     kl_coef: float = flag(0.001, "beta; the paper: 0.001")
-    kl_in: str = flag("loss", "where the KL penalty stands: reward (k1) or loss (--kl)")
+    kl_in: str = flag("loss", "where the KL penalty goes: reward (k1) or loss (--kl)")
     kl: str = flag("k3", "KL in the loss: k3, as in the official code, or exact, over the whole vocabulary")
     entropy_coef: float = flag(0.0, "weight of an entropy bonus; official code: 0.001")  # [D12]
     reward: str = flag("em", "em [Eq. 4], f1, em+f1 (their mean), or format (the second paper's shaped reward)")
@@ -118,18 +118,18 @@ class Config:
     max_obs_length: int = flag(64, "tokens of a block of passages; the paper: 500")
     max_length: int = flag(256, "tokens of prompt and conversation together; the paper: 4096")
     top_k: int = flag(3, "passages a search; the paper: 3")
-    invalid_message: str = flag("paper", "told to an invalid turn: paper (Algorithm 1) or official (the longer text)")
+    invalid_message: str = flag("paper", "what follows an invalid turn: paper (Algorithm 1), or official (longer)")
     no_search: bool = flag(False, "the paper's R1: no search engine")
     no_mask: bool = flag(False, "the paper's ablation: train on retrieved tokens, too")
     redraws: int = flag(0, "rounds in which groups of equal rewards make way for new questions [DAPO]")
-    easy_first: bool = flag(False, "first epoch: fewer hops first, then those whose own text finds a gold answer")
+    easy_first: bool = flag(False, "first epoch: fewest hops first; ties by how well the question's own text searches")
     shuffle_rewards: bool = flag(False, "a control: rewards dealt out at random within the batch")
     recompute_old_logprobs: bool = flag(False, "old log-probs from the trainer instead of the sampler")
     eval_every: int = flag(20, "steps between evaluations on held-out questions")
     eval_limit: int = flag(400, "questions of an evaluation, a fixed sample")
     save_every: int = flag(0, "steps between checkpoints; 0: only at the end (and when interrupted)")
     keep: int = flag(2, "newest checkpoints that stay, besides the one with the best evaluation; 0: all")
-    stop_on_collapse: bool = flag(False, "save and end at the first warning; checkpoint and best one stay")
+    stop_on_collapse: bool = flag(False, "save and end the run at the first warning")
     wandb: str = flag("", "project of Weights & Biases that gets the lines of metrics.jsonl, too")
 
     @property
@@ -138,7 +138,7 @@ class Config:
         return Settings(do_search=not self.no_search, **values)
 
     @property
-    def old_is_new(self):  # one update a step: the policy that is updated is the one that has just sampled
+    def old_is_new(self):  # [D9] one update a step: its own log-probs serve where old ones would have to be recomputed
         return self.minibatches == 1 and self.kl_in == "loss" and (self.recompute_old_logprobs or self.no_mask)
 
     @property
@@ -150,43 +150,44 @@ FINE_TUNING = ("sft", "rejection", "format")  # these imitate; all others learn 
 # ----- 2. The loop -----
 
 def train(config, policy, task):
-    """The outer loop. What it leaves behind lies in OUTPUT_DIR."""
+    """The outer loop of the paper's training. Everything it writes is in config.output_dir."""
     out, device = Path(config.output_dir), policy.device
     models = make_models(policy.eval(), config)  # eval mode: dropout would make old and new log-probs differ
-    slots, write = writer(models, task, config)
+    slots, write = writer(models, task, config)  # keys and values of the policy; phase 2 as a function
     start = restore(models, config)
     if start is None:
-        start = first_evaluation(config, policy, task, slots)
+        first_evaluation(config, policy, task, slots)
+        start = 0
     base, *records = read_log(out / "metrics.jsonl")
-    record, told = records[-1] if records else base, set()  # of the last step; signs that were told
+    record, told = (records or [base])[-1], set()  # metrics of the last step; warnings already printed
 
     bar = tqdm(initial=start, total=config.steps, desc=config.algo)
-    with orderly_end(models, task, config) as stop, bar:
+    with orderly_end(models, task, config) as stop, bar:  # stop: a list, empty until Ctrl-C
         for step in range(start + 1, config.steps + 1):
-            # All randomness of a step comes from the seed and its number: a resumed run repeats and skips nothing.
+            # All randomness of a step comes from the seed and the step's number, so resuming repeats and skips nothing.
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
             rng = random.Random(f"{config.seed} step {step}")
             costs = Costs(device)
 
-            # Phase 1. Questions; with --redraws others, too, for groups that teach nothing [D10].
+            # Phase 1. Questions; with --redraws also those of steps beyond the last, for groups of equal rewards [D10].
             questions, *others = [task.draw(step + k * config.steps, record) for k in range(1 + config.redraws)]
 
-            # Phase 2. Rollouts [Alg. 1], those of a group in a row: a group is known by its place in the batch.
+            # Phase 2. Rollouts [Alg. 1]. The members of a group stand side by side: their places say which group it is.
             rollouts, redrawn = write(questions, others, generator, rng)
             costs.end("rollout")
 
             # Phase 3. Rewards [Eq. 4].
             rewards_B, em_B = rewards(rollouts, config, rng)
 
-            # Phase 4. The batch, values of the critic; if the KL penalty stands in the reward, that of the reference.
+            # Phase 4. The batch; where needed, old and reference log-probs [D9], values; then rewards token by token.
             batch = collate(rollouts, device, mask_retrieved=not config.no_mask)
             token_rewards_BT = token_rewards(models, batch, rewards_B, config)
 
             # Phase 5. Advantages: the one place where the loop differs between algorithms.
             if config.algo == "ppo":  # [Eq. 2]
-                returns = gae(token_rewards_BT, batch.values_BT, batch.mask_BT, config.gamma, config.lam)
-                batch.advantages_BT, batch.returns_BT = whiten(returns[0], batch.mask_BT), returns[1]
-            else:  # [Eq. 3]
+                A_BT, batch.returns_BT = gae(token_rewards_BT, batch.values_BT, batch.mask_BT, config.gamma, config.lam)
+                batch.advantages_BT = whiten(A_BT, batch.mask_BT)
+            else:  # [Eq. 3], and the baselines: one score a rollout, the sum of its token rewards
                 batch = outcome_advantages(batch, token_rewards_BT.sum(1), config)
             costs.end("logprobs")
 
@@ -213,7 +214,7 @@ def train(config, policy, task):
                 bar.update()
             if step == config.steps or stop or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(step, models, task.tokenizer, config)
-            if step == config.steps:
+            if step == config.steps:  # which `learned` may have made fewer
                 break
             if stop:
                 tqdm.write(f"stopped after step {step} and saved; continue with: python train.py --resume {out}")
@@ -230,16 +231,16 @@ def writer(models, task, config):
     new_slots = lambda: Slots(models.policy, count, config.max_length, graphs=not config.no_cuda_graphs)
     slots = new_slots()
     by_base = config.algo in ("rejection", "format")
-    model, part, own_slots = (models.reference, None, new_slots()) if by_base else (models.policy, "policy", slots)
+    model, name, own_slots = (models.reference, None, new_slots()) if by_base else (models.policy, "policy", slots)
 
     def once(questions, generator, rng):
         if config.algo == "sft":
             return gold_examples(questions, task.tokenizer)
-        with role(model, part):
+        with role(model, name):
             if config.algo == "format":
                 return format_examples(model, task, questions, config.settings, rng, own_slots)
-            how = config.settings, config.group_size, config.temperature, generator, own_slots
-            return rollout(model, task.tokenizer, questions, task.search, *how)
+            return rollout(model, task.tokenizer, questions, task.search, config.settings, config.group_size,
+                           config.temperature, generator, own_slots)  # fmt: skip
 
     def write(questions, others, generator, rng):
         rollouts, redrawn, G = once(questions, generator, rng), 0, config.group_size
@@ -260,12 +261,12 @@ def gold_examples(questions, tokenizer):
         ids, gold = direct_ids(question.text, tokenizer), question.gold_answers[0]
         r = Rollout(question, ids, [False] * len(ids), [0.0] * len(ids), len(ids), gold, True, found=[None])
         r.turns.append(f"<answer> {gold} </answer>")
-        written = tokenizer(f" {gold} </answer>", add_special_tokens=False)["input_ids"]
+        written = tokenizer(f" {gold} </answer>", add_special_tokens=False)["input_ids"]  # the prompt has "<answer>"
         r.append(written, [0.0] * len(written))
         rollouts.append(r)
     return rollouts
 
-# [ours] What a model that is too small for the official prompt is shown before it can learn from a reward: the FORMAT.
+# [ours] A model too small for the official prompt is first shown the FORMAT; only then can it learn from a reward.
 SEARCHING = ("I need to search for this.", "I do not know this yet.", "Let me look it up.")
 ANSWERING = ("Now I can answer.", "The passage helps.", "The question was: {question}", "I was asked: {question}")
 READ = "{context}\nQuestion: {question}\n"
@@ -285,8 +286,8 @@ def format_examples(reader, task, questions, settings, rng, slots):
     return whole
 
 def poor_policy(r, tokenizer, settings, ends, rng):
-    """Hold `converse` and write its turns from a script. Each conversation has an rng of its own, because the number of
-    slots decides the order in which conversations begin."""
+    """Drive `converse` with turns from a script. Each conversation has an rng of its own, because the number of slots
+    decides the order in which conversations begin."""
     talk, words = converse(r, tokenizer, settings, ends), r.question.text.split()
     tokens = lambda text: [(i, 0.0) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     next(talk)
@@ -305,7 +306,7 @@ def poor_policy(r, tokenizer, settings, ends, rng):
     say(talk, tokens(f"<think> {thought} </think>\n<answer> {reading.turns[0].strip()} </answer>"))
 
 def say(talk, answers):
-    """Send these to a conversation, one by one -> the query that it then asks for, or None. It may end on the way."""
+    """Send these one by one -> the query that the conversation then asks for; None: it wants a token, or it is over."""
     try:
         for answer in answers:
             wish = talk.send(answer)
@@ -315,7 +316,7 @@ def say(talk, answers):
 
 REWARDS = {
     "em": lambda r, gold_answers: outcome_reward(r.answer, gold_answers),  # [Eq. 4]
-    "f1": lambda r, gold_answers: f1_score(r.answer or "", gold_answers),  # pays for a part, also within a long answer
+    "f1": lambda r, gold_answers: f1_score(r.answer or "", gold_answers),  # partial credit, also in a long answer
     "em+f1": lambda r, gold_answers: (REWARDS["em"](r, gold_answers) + REWARDS["f1"](r, gold_answers)) / 2,
     "format": format_reward,  # the second paper's
 }
@@ -330,13 +331,13 @@ def rewards(rollouts, config, rng):
 
 def equal_groups(rewards_B, config):
     """Rewards [B] -> numbers of the groups in which all are equal."""
-    return (rewards_B.view(-1, config.group_size).std(1, correction=0) == 0).nonzero()[:, 0].tolist()
+    return (rewards_B.view(-1, config.group_size).diff() == 0).all(1).nonzero()[:, 0].tolist()
 
 def micro_batches(batch, index, budget):
     """Row numbers `index` -> pieces of at most `budget` padded tokens (at least one row), like lengths together."""
     lengths, pieces = batch.lengths_B.tolist(), []
     for i in sorted(index, key=lambda i: -lengths[i]):
-        if not pieces or (len(pieces[-1]) + 1) * lengths[pieces[-1][0]] > budget:
+        if not pieces or (len(pieces[-1]) + 1) * lengths[pieces[-1][0]] > budget:  # its first row is its longest
             pieces.append([])
         pieces[-1].append(i)
     return pieces
@@ -352,19 +353,19 @@ def in_micro_batches(values_of, batch, config):
 
 def logprobs_under(model, batch, config):
     """log-probs [B, T] of the batch's own tokens under `model`, without gradient."""
-    own = lambda part: token_logprobs(model, part.ids_BL, part.mask_BT, config.temperature).logp
-    return in_micro_batches(own, batch, config)
+    logp_of = lambda part: token_logprobs(model, part.ids_BL, part.mask_BT, config.temperature).logp
+    return in_micro_batches(logp_of, batch, config)
 
 def token_rewards(models, batch, rewards_B, config):
     """Phase 4: put old and reference log-probs and values into the batch -> token rewards [B, T]."""
-    if (config.no_mask or config.recompute_old_logprobs) and not config.old_is_new:  # [D9]; passages have no log-probs
+    if (config.no_mask or config.recompute_old_logprobs) and not config.old_is_new:  # [D9]; no_mask: passages need them
         batch.old_logprobs_BT = logprobs_under(models.policy, batch, config)
     token_rewards_BT = rewards_at_end(rewards_B.to(batch.ids_BL.device), batch.mask_BT)
     if config.kl_in == "reward" and config.kl_coef:
         # [Eq. 1]  r - beta log(pi / pi_ref): k1, token by token, under the old policy
         with role(models.reference, None):
             batch.ref_logprobs_BT = logprobs_under(models.reference, batch, config)
-        token_rewards_BT -= config.kl_coef * kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT)  # masked: 0
+        token_rewards_BT -= config.kl_coef * kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT)  # 0 where masked
     if models.critic:
         with role(models.critic, "critic"):
             batch.values_BT = in_micro_batches(lambda part: models.critic(part.ids_BL), batch, config)
@@ -374,7 +375,7 @@ def outcome_advantages(batch, scores_B, config):
     """One score a rollout, for all of its tokens -> the Batch to train on, without rows of advantage 0 [D10]."""
     if config.algo == "format":  # all is imitated, right or wrong
         advantages_B = torch.ones_like(scores_B)
-    elif config.algo in FINE_TUNING:  # what was right is imitated, the rest is thrown away
+    elif config.algo in FINE_TUNING:  # what earned a reward is imitated, the rest is thrown away
         advantages_B = scores_B
     elif config.algo == "grpo":  # [Eq. 3] the group's mean is the baseline, its spread the unit
         advantages_B = group_advantages(scores_B.cpu(), config.group_size).to(scores_B.device)  # Apple: no float64
@@ -392,7 +393,7 @@ def update(models, batch, step, config, rng):
     the accumulated gradient is the gradient of the whole minibatch's token mean."""
     only_advantages = config.algo in FINE_TUNING or not (models.critic or config.kl_coef or config.entropy_coef)
     if only_advantages and not batch.advantages_BT.any():
-        return {}  # nothing is right, so there is nothing to imitate; or nothing differs, and no KL or bonus acts
+        return {}  # no right answer to imitate; or all advantages are 0, and neither KL nor bonus acts
     policy_loss_of = fine_tuning_loss if config.algo in FINE_TUNING else reinforcement_loss
     train_policy = not models.critic or step > config.critic_warmup_steps  # a critic that knows nothing would add noise
     learners = models.learners() if train_policy else models.learners()[1:]
@@ -419,29 +420,29 @@ def update(models, batch, step, config, rng):
                 sums["value_loss"] += (loss * share).item() / count
         models.updates += 1
         for name, _, optimizer in learners:
-            (group,), (lr, warmup_steps) = optimizer.param_groups, warmups[name]
+            group, (lr, warmup_steps) = optimizer.param_groups[0], warmups[name]
             norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm).item()  # of the fp32 masters
             if math.isfinite(norm):
                 models.broken[name] = 0
                 sums["grad_norm" if name == "policy" else "critic_grad_norm"] += norm / count
                 group["lr"] = lr * learning_rate_factor(step, warmup_steps, config)
                 optimizer.step()
-            else:  # one step with it, and every weight is nan for good
+            else:  # such a step would make every weight NaN, for good
                 models.broken[name] += 1
                 sums["skipped_updates"] += 1
                 tqdm.write(f"step {step}: the gradient of the {name} is not finite; this update is skipped")
                 if models.broken[name] == 3:
                     raise Mistake(f"three gradients of the {name} in a row are not finite: lower --lr, or --dtype fp32")
             optimizer.zero_grad(set_to_none=True)
-    models.updates = 0  # whole again
-    if models.policy.device.type == "cpu":  # a GPU has an allocator of its own
+    models.updates = 0  # none half done, should the run be saved now
+    if models.policy.device.type == "cpu":  # freed memory goes back to the system; a GPU has an allocator of its own
         give_back()
-    return {name: value for name, value in sums.items() if math.isfinite(value)}
+    return {name: value for name, value in sums.items() if math.isfinite(value)}  # JSON has no NaN
 
 def reinforcement_loss(models, part, config):
     """[Eq. 2, Eq. 3] Clipped surrogate, KL penalty if it stands in the loss, entropy bonus -> (loss, metrics)."""
     new, kl_metrics = new_logprobs(models, part, config)
-    old_logprobs_BT = new.logp.detach() if config.old_is_new else part.old_logprobs_BT  # [D9]
+    old_logprobs_BT = new.logp.detach() if config.old_is_new else part.old_logprobs_BT  # [D9] rho is 1
     clip = config.clip_eps, config.clip_high
     surrogate, clipped = policy_loss(new.logp, old_logprobs_BT, part.advantages_BT, part.mask_BT, *clip)
     entropy = token_mean(new.entropy, part.mask_BT)
@@ -452,7 +453,7 @@ def reinforcement_loss(models, part, config):
     return loss, kl_metrics | {"entropy": entropy, "clip_ratio": clipped, "policy_loss": surrogate}
 
 def fine_tuning_loss(models, part, config):
-    """[Sec. 4] What the baselines imitate: - log pi(y_t | x, y_<t), token mean -> (loss, metrics)."""
+    """[Sec. 4] The baselines' loss: - log pi(y_t | x, y_<t), token mean, over the rows that outcome_advantages kept."""
     new, kl_metrics = new_logprobs(models, part, config)
     loss = -token_mean(new.logp, part.mask_BT)
     return loss, kl_metrics | {"entropy": token_mean(new.entropy, part.mask_BT), "policy_loss": loss}
@@ -502,7 +503,7 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
     }  # fmt: skip
 
 def tell_signs(record, records, told, config):
-    """Add the metrics of a step to the earlier ones, tell each sign of health() once -> have there been any?"""
+    """Add the step's metrics to `records` and print each warning of health() once -> True if there has been one."""
     records[5:] = [*records[5:][-4:], record]  # health looks at the first five and the last five
     for sign in set(health(records, config)) - told:
         tqdm.write(f"step {record['step']}: {sign}")
@@ -575,14 +576,13 @@ def in_words(now, before):
     return "; ".join(said)
 
 def first_evaluation(config, policy, task, slots):
-    """Begin the run's folder with an evaluation of the untrained policy -> 0, the number of steps done."""
+    """Begin the run's folder with an evaluation of the untrained policy."""
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for log_file in LOGS:  # of a run that was killed before its first checkpoint
         (out / log_file).unlink(missing_ok=True)
     write_config(config)
     log({"step": 0} | evaluation(0, policy, task, slots, config), config)
-    return 0
 
 def write_config(config):
     with written_whole(Path(config.output_dir) / "config.json") as file:
