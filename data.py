@@ -30,6 +30,7 @@ import huggingface_hub
 import torch
 from filelock import FileLock
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -422,7 +423,7 @@ def paragraphs(record):
     found = [(title, " ".join(part.strip() for part in parts)) for title, parts in titled]
     supporting = [step.get("support_paragraph") for step in metadata.get("question_decomposition") or []]
     found += [(paragraph["title"], paragraph["paragraph_text"].strip()) for paragraph in supporting if paragraph]
-    return [f'"{title}"\n{text}' for title, text in found if text]
+    return [f'"{title}"\n{text}' for title, text in found if text.strip()]
 
 def contexts_corpus(files, folder):
     """Question files -> a corpus in `folder`, named after the files' paths, sizes and times: each different paragraph
@@ -485,7 +486,7 @@ def run_main(main):
     exit code 2. Any other exception is a bug of ours and keeps its traceback."""
     try:
         sys.exit(main())
-    except (Mistake, SearchFailed, OSError, KeyboardInterrupt) as error:
+    except (Mistake, SearchFailed, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         print(f"{Path(sys.argv[0]).name}: {'interrupted' if interrupted else error}", file=sys.stderr)
         sys.exit(130 if interrupted else 2)
@@ -504,10 +505,14 @@ def weights_dtype(wish, device):
 def step_of(checkpoint):
     return int(checkpoint.name.split("-")[1])
 
+def checkpoints(run):
+    """Folder of a run -> its checkpoints, the newest last. Copies of them under longer names do not count."""
+    return sorted((c for c in Path(run).glob("checkpoint-*") if c.name[11:].isdigit()), key=step_of)
+
 def newest(path):
     """Folder of a run -> its newest checkpoint; whatever else names a model -> itself. For command lines: what a run or
     an evaluation records is then the checkpoint, which stays what it is when the run goes on."""
-    return str(max(Path(path).glob("checkpoint-[0-9]*"), key=step_of, default=path))
+    return str([path, *checkpoints(path)][-1])
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
     """Folder, hub id or GGUF file of a causal LM with a linear head -> (policy, tokenizer). Mistake if it is none."""
@@ -520,9 +525,10 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
             fetch(path, "config.json", Path(path) / "config.json", "model")
         policy = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **file)
         tokenizer = AutoTokenizer.from_pretrained(where, **file)
-    except ImportError:
-        raise Mistake(f"{path}: reading it takes two more packages: pip install gguf accelerate") from None
-    except (OSError, ValueError) as error:
+    except ImportError as error:
+        why = "two more packages: pip install gguf accelerate" if packed else f"another package: {error}"
+        raise Mistake(f"{path}: reading it takes {why}") from None
+    except (OSError, ValueError, SafetensorError) as error:
         raise Mistake(f"no causal LM could be loaded from {path}: {str(error).strip().splitlines()[0]}") from None
     if packed:  # its weights are unpacked now, but transformers would refuse to save a model that came from such a file
         config, state = policy.config, policy.state_dict()

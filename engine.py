@@ -57,6 +57,10 @@ class Slots:
     tensor."""
 
     def __init__(self, policy, slots, max_length, static=None, graphs=True):
+        window, kinds = (getattr(policy.config, name, None) for name in ("sliding_window", "layer_types"))
+        if (window and window < max_length) or set(kinds or ()) - {"full_attention", "sliding_attention"}:
+            has = f"a window of {window} tokens" if window else "layers without attention"
+            raise Mistake(f"this model has {has}; we sample {max_length} tokens with full attention: take another one")
         self.device = policy.get_output_embeddings().weight.device
         self.static = self.device.type == "cuda" if static is None else static
         self.columns = max_length + 1  # the last one is never visible

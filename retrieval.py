@@ -21,6 +21,7 @@ was found. Shapes: N passages, S queries in flight, E embedding, K top-k, L toke
 
 import argparse
 import contextlib
+import functools
 import gzip
 import hashlib
 import http.client
@@ -45,6 +46,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 WORD = re.compile(r"\w+")
@@ -179,17 +181,15 @@ class HashedEncoder:
         """Count the words of the passages to weigh them, or take the {word: weight} of an earlier encoder."""
         counts = Counter(word for p in passages for word in set(words(self.text(p))))
         self.weight = weight or {word: math.sqrt(math.log(1 + len(passages) / n)) for word, n in counts.items()}
-        self.vectors = {}
+        self.vector = functools.lru_cache(2**17)(self.vector)  # of frequent words; all of Wikipedia's would take 10 GB
 
     @staticmethod
     def text(passage):  # "Bako lives in Rimton" mentions both: only the title says that the passage is about Bako
         return f"{passage.title} {passage.text}"
 
     def vector(self, word):
-        if word not in self.vectors:
-            bits = np.unpackbits(np.frombuffer(hashlib.blake2b(word.encode(), digest_size=64).digest(), np.uint8))
-            self.vectors[word] = self.weight[word] * (2.0 * bits.astype(np.float32) - 1.0)
-        return self.vectors[word]
+        bits = np.unpackbits(np.frombuffer(hashlib.blake2b(word.encode(), digest_size=64).digest(), np.uint8))
+        return self.weight[word] * (2.0 * bits.astype(np.float32) - 1.0)
 
     def encode_queries(self, texts):
         """list of S str -> [S, 512] fp32 of norm 1, or 0 where no passage has a word of the text."""
@@ -218,7 +218,7 @@ class TransformerEncoder:
         try:
             self.model = AutoModel.from_pretrained(model, dtype=dtype).to(self.device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"no encoder could be loaded from {model}: {str(error).strip().splitlines()[0]}") from None
         self.dim = self.model.config.hidden_size
         self.settings = {"encoder": str(model), "like": like, "max_length": 256}
@@ -579,7 +579,7 @@ class HttpEngine(SearchEngine):
             found = {}
             for q, items in zip(asked, answer["result"], strict=True):
                 documents = [item.get("document", item) for item in items[:top_k]]  # without scores they stand alone
-                ids = [whole_characters(str(d.get("id", ""))) for d in documents]
+                ids = [whole_characters(str(d.get("id", d["contents"]))) for d in documents]  # some servers give none
                 passages = [Passage(id, *split_contents(d["contents"])) for id, d in zip(ids, documents)]
                 found[q] = list(zip(passages, [float(item.get("score", "nan")) for item in items]))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):

@@ -235,7 +235,7 @@ def begin(question, ids, settings):
     """A question and the ids of its prompt -> Rollout that holds them. Mistake if they leave no room for an answer."""
     if len(ids) >= settings.max_length:
         many = f"the prompt of {question!r:.80} has {len(ids)} tokens and max_length is {settings.max_length}"
-        raise engine.Mistake(f"{many}: raise --max-length")
+        raise engine.Mistake(f"{many}: shorten the question, or train with a larger --max-length")
     return Rollout(question, list(ids), [False] * len(ids), [0.0] * len(ids), len(ids))
 
 def rollout(policy, tokenizer, questions, search, settings, group_size=1, temperature=1.0, generator=None, slots=None):

@@ -617,7 +617,7 @@ def save_checkpoint(step, models, tokenizer, config):
     out = Path(config.output_dir)
     unfinished = out / f"unfinished-{step}"
     about = {"world_seed": config.world_seed, "corpus": config.corpus or None, "encoder": config.encoder}
-    about |= {"method": config.method, "base": models.policy.name_or_path}
+    about |= {"method": config.method, "base": config.model or models.policy.name_or_path}
     state = {"step": step}
     for name, network, optimizer in models.learners():  # the model's own file has merged or rounded weights
         masters = optimizer.param_groups[0]["params"]
@@ -628,7 +628,7 @@ def save_checkpoint(step, models, tokenizer, config):
         tokenizer.save_pretrained(unfinished)
         (unfinished / "search_r1.json").write_text(json.dumps(asdict(config.settings) | about, indent=2) + "\n")
         torch.save(state, unfinished / "trainer_state.pt")
-        for path in unfinished.iterdir():  # PITFALL: without it a power cut can leave the new name on empty files
+        for path in filter(Path.is_file, unfinished.rglob("*")):  # PITFALL: else a power cut may leave empty files
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors report it
@@ -641,7 +641,7 @@ def save_checkpoint(step, models, tokenizer, config):
 def tidy(out, keep):
     """Remove what a run's folder no longer needs: all trainer states but the newest, what a kill left unfinished and,
     unless `keep` is 0, all checkpoints except the newest `keep` and the one with the best evaluation."""
-    checkpoints = sorted(out.glob("checkpoint-[0-9]*"), key=step_of)
+    checkpoints = data.checkpoints(out)
     for older in checkpoints[:-1]:
         (older / "trainer_state.pt").unlink(missing_ok=True)
     em = {record["step"]: record.get("eval/em", -1.0) for record in read_log(out / "metrics.jsonl")}
@@ -656,18 +656,19 @@ def restore(models, config):
     """Load the newest checkpoint of a run -> its step, or None if there is none: the run begins anew. Cut the logs back
     to it: what came after is done again. Nothing is unpickled but tensors and plain values."""
     out = Path(config.output_dir)
-    newest = max((file.parent for file in out.glob("checkpoint-[0-9]*/trainer_state.pt")), key=step_of, default=None)
-    if newest is None:
+    saved = [checkpoint for checkpoint in data.checkpoints(out) if (checkpoint / "trainer_state.pt").exists()]
+    if not saved:
         return None
+    newest = saved[-1]
     try:
         # To the CPU first: a second copy might not fit on the card.
         state = torch.load(newest / "trainer_state.pt", map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise Mistake(f"{newest}/trainer_state.pt cannot be read: {error!r:.99}; a new run: --model {newest}") from None
     for name, network, optimizer in models.learners():
-        saved = state[f"{name}_optimizer"]
-        saved["param_groups"][0]["fused"] = optimizer.defaults["fused"]  # as this device wants it, not the saved run's
-        optimizer.load_state_dict(saved)
+        adam = state[f"{name}_optimizer"]
+        adam["param_groups"][0]["fused"] = optimizer.defaults["fused"]  # as this device wants it, not the saved run's
+        optimizer.load_state_dict(adam)
         for (key, p), master in zip(trained(network, name).items(), optimizer.param_groups[0]["params"]):
             master.detach().copy_(state[name][key])
             p.detach().copy_(master)
@@ -713,6 +714,7 @@ def orderly_end(models, task, config):
     stop, out = [], Path(config.output_dir)
 
     def ask(number, frame):
+        os.write(2, b"\nthis step is finished and saved first; a second Ctrl-C ends at once\n")  # print may be at work
         stop.append(number)
         signal.signal(number, before[number])
 
@@ -761,12 +763,15 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     if len(questions) < config.batch_size:
         raise Mistake(f"{config.train_data} leaves {len(questions)} questions, and --batch-size is {config.batch_size}")
 
-    rank = first_ranks(questions, engine.search) if config.easy_first else {}
+    longest = max(questions + held_out, key=lambda q: len(q.text))  # a run would stop at it, again at each --resume
+    begin(longest, prompt_ids(longest, tokenizer, config.settings), config.settings)
+    some = random.Random(config.seed).sample(questions, min(len(questions), 10_000))  # minutes of BM25 over a million
+    rank = first_ranks(some, engine.search) if config.easy_first else {}
 
     @functools.lru_cache(maxsize=2)
     def order(epoch):  # sorting and shuffling once an epoch, not at every step
         shuffled = random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
-        return sorted(shuffled, key=lambda q: (q.hops, rank[q])) if rank and epoch == 0 else shuffled
+        return sorted(shuffled, key=lambda q: (q.hops, rank.get(q, 9))) if rank and epoch == 0 else shuffled
 
     def draw(step, _):  # a function of the step alone, so that a resumed run goes on as planned
         epoch, first = divmod((step - 1) * config.batch_size, len(questions))
@@ -777,7 +782,8 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
 
 def first_ranks(questions, search, most=3):
     """Questions -> {Question: place, from 0, of the first passage with a gold answer, if the question is the query}."""
-    found = search([q.text for q in questions], most)
+    bar = tqdm(range(0, len(questions), 512), desc="easy first", delay=2)
+    found = [passages for at in bar for passages in search([q.text for q in questions[at : at + 512]], most)]
     holds = lambda q, passages: [holds_gold([p], q.gold_answers) for p in passages] + [True]
     return {q: holds(q, passages).index(True) for q, passages in zip(questions, found)}
 
@@ -878,7 +884,7 @@ def resumed_config(given):
         saved = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise Mistake(f"--resume: {folder} is no folder of a run: {error}") from None
-    checkpoints = list(Path(folder).glob("checkpoint-[0-9]*"))
+    checkpoints = data.checkpoints(folder)
     if checkpoints and not any((checkpoint / "trainer_state.pt").exists() for checkpoint in checkpoints):
         raise Mistake(f"--resume: no checkpoint in {folder} has the trainer_state.pt that it takes to continue")
     if unknown := set(saved) - {f.name for f in fields(Config)}:
@@ -895,12 +901,11 @@ def main(argv=None):
     config = parse_config(sys.argv[1:] if argv is None else argv)
     changed = {k: v for k, v in asdict(config).items() if v != getattr(Config, k) and k != "output_dir"}
     print(f"{config.output_dir}: " + ", ".join(f"{k} {v}" for k, v in changed.items()))  # all values: config.json
-    with shortage_named(config):
+    with alone_in(config.output_dir), shortage_named(config):
         policy, task = load_run(config)
         memory = predict_memory(policy, config, task.bytes_on_card)
         print(memory_table(memory) if config.model else f"memory, predicted: {size(predicted_peak(memory)[0])}")
-        with alone_in(config.output_dir):
-            train(config, policy, task)
+        train(config, policy, task)
     out = Path(config.output_dir)
     records = list(read_log(out / "metrics.jsonl"))
     # On a GPU: what all programs together hold on the card (the log has it by phase). On a CPU: the whole process.
@@ -916,7 +921,8 @@ def main(argv=None):
         lines = re.sub(r"\s*(<(think|search|information|answer)>)", r"\n  \1", sample["transcript"])
         print((sample["question"] + lines).translate(HARMLESS))
     asked = shlex.quote(samples[-1]["question"].translate(HARMLESS))
-    print(f"\nNext: python eval.py --checkpoint {out} --ask {asked}")
+    files = f" --data {config.eval_data or config.train_data}" if config.corpus.endswith("contexts") else ""
+    print(f"\nNext: python eval.py --checkpoint {out} --ask {asked}{files}")
     plain = config.preset == "tiny" and config.method == "search-r1" and "eval/em_2hop" in records[-1]
     plain = plain and not (config.no_mask or config.shuffle_rewards)
     if plain and (config.steps >= Config.steps or any(learned(records[:i], config) for i in range(len(records)))):

@@ -191,7 +191,8 @@ def base_of(args):
     base = args.before or load_settings(args.checkpoint)[1]["base"]
     if not base:
         raise Mistake(f"{args.checkpoint} does not say what it was trained from; give --before DIR")
-    data.fetch(base, "config.json", Path(base) / "config.json", "model")
+    if not base.endswith(".gguf"):
+        data.fetch(base, "config.json", Path(base) / "config.json", "model")
     return base
 
 

@@ -438,11 +438,12 @@ def test_joined_sets_keep_their_ids_apart(here):
 
 def test_contexts_are_the_paragraphs_that_came_with_the_questions(here):
     """Claim: HotpotQA's, 2Wiki's and MuSiQue's paragraphs become passages in the official format, in order and each
-    once, sentences joined by one space. Some questions may bring none. The corpus is made once.
-    Fails if: sentences are joined without a space, `seen` is not asked, or the key "content" is not looked for.
+    once, sentences joined by one space, blank ones left out. Some questions may bring none. The corpus is made once.
+    Fails if: sentences are joined without a space, `seen` is not asked, the key "content" is not looked for, or a
+    paragraph of blanks is kept (`if text.strip()` -> `if text`).
     """
     paragraph = {"idx": 3, "title": "Dee", "paragraph_text": " Dee swam. "}
-    cy = {"title": ["Bob", "Cy"], "content": [["Bob slept."], ["Cy ran.", "Cy fell."]]}
+    cy = {"title": ["Bob", "Cy", "Void"], "content": [["Bob slept."], ["Cy ran.", "Cy fell."], [" ", " "]]}
     files = [
         here("hotpot.jsonl", HOTPOT, record(), HOTPOT),
         here("2wiki.jsonl", record(context=cy)),
@@ -568,7 +569,8 @@ def test_the_newest_checkpoint_stands_for_its_run(tmp_path):
     Fails if: newest compares names ("checkpoint-20" after "checkpoint-100"), takes what is unfinished, or parse_config
     does not call it.
     """
-    for name in ("checkpoint-20", "checkpoint-100", "unfinished-120", "checkpoint-of-a-friend"):
+    others = "unfinished-120", "checkpoint-of-a-friend", "checkpoint-200-mine", "checkpoint-300.zip"
+    for name in ("checkpoint-20", "checkpoint-100", *others):
         (tmp_path / name).mkdir()
     assert data.newest(tmp_path) == str(tmp_path / "checkpoint-100")
     for name in (str(tmp_path / "checkpoint-20"), "Qwen/Qwen2.5-0.5B", "model.gguf"):
@@ -651,9 +653,13 @@ def test_a_gguf_file_is_unpacked_into_a_plain_model(tmp_path, tokenizer, monkeyp
 
 def test_a_head_that_is_not_linear_is_refused(tmp_path, tokenizer, model, monkeypatch):
     """Claim: a model whose logits are not head(hidden), or whose head has a bias, is refused: rollout and trainer would
-    work with another policy.
-    Fails if: load_checkpoint does not compare, or does not look at head.bias.
+    work with another policy. So is a file of weights that is not whole.
+    Fails if: load_checkpoint does not compare, does not look at head.bias, or catches no SafetensorError.
     """
+    model.save_pretrained(tmp_path / "half"), tokenizer.save_pretrained(tmp_path / "half")
+    (tmp_path / "half/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(data.Mistake, match="no causal LM could be loaded from .*half: "):
+        data.load_checkpoint(str(tmp_path / "half"))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert len(data.load_checkpoint(str(tmp_path))[1]) == len(tokenizer)

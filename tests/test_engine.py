@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import PASSAGES, ScriptedPolicy, sampled
+from conftest import PASSAGES, ScriptedPolicy, random_model, sampled
 
 import engine
 import searchr1
@@ -325,6 +325,21 @@ def test_a_token_costs_one_transfer_from_the_host(model, monkeypatch):
         lengths.append((len(made), [len(r.ids) for r in records]))
     assert [ids for _, ids in lengths] == [[13] * 4, [33] * 4]
     assert lengths[1][0] - lengths[0][0] == 20
+
+
+def test_a_model_that_attends_in_another_way_is_refused(tokenizer):
+    """Claim: we sample with full attention, so a window shorter than a conversation, which training would apply, and
+    layers without attention are refused; a window that is never passed is not.
+    Fails if: Slots does not look at sliding_window and max_length, or at layer_types.
+    """
+    model = random_model(tokenizer)
+    model.config.sliding_window, model.config.layer_types = 100, ["sliding_attention", "full_attention"]
+    assert engine.Slots(model, 2, 100).lengths == [0, 0]
+    with pytest.raises(engine.Mistake, match="has a window of 100 tokens; we sample 101 tokens with full attention"):
+        engine.Slots(model, 2, 101)
+    model.config.sliding_window, model.config.layer_types = None, ["linear_attention", "full_attention"]
+    with pytest.raises(engine.Mistake, match="has layers without attention"):
+        engine.Slots(model, 2, 50)
 
 
 def test_a_group_needs_its_slots(model, tokenizer):

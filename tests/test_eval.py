@@ -1015,7 +1015,7 @@ def test_a_chat_ends_as_asked_and_remembers_nothing(short_prompt, monkeypatch, c
     except KeyboardInterrupt:  # would end pytest
         pytest.fail("Ctrl-C was not caught")
     printed = capsys.readouterr().out
-    assert prompts == ["question> "] * 4 and printed.count("raise --max-length") == 1
+    assert prompts == ["question> "] * 4 and printed.count("a larger --max-length") == 1
     assert printed.count("<answer>b</answer>\n0 searches, answer: 'b'") == 2
 
 

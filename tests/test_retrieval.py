@@ -774,6 +774,23 @@ def test_concurrent_clients_get_their_own_answers(server):
     assert wrong == []
 
 
+def test_passages_of_a_server_that_gives_no_ids_are_told_apart(server, monkeypatch):
+    """Claim: where a server sends no ids, as the official one for the web, a passage's contents are its id: IRCoT keeps
+    passages by id.
+    Fails if: search_scores takes "" for a missing id.
+    """
+    plain = retrieval.Handler.reply
+
+    def reply(self, status, result):
+        bare = lambda item: {"document": {"contents": item["document"]["contents"]}}
+        plain(self, status, result=[[bare(item) for item in items] for items in result])
+
+    want = server.engine.search(["name1"], 3)[0]
+    monkeypatch.setattr(retrieval.Handler, "reply", reply)
+    (found,) = HttpEngine(server.url).search(["name1"], 3)
+    assert [(p.id, p.text) for p in found] == [(p.contents, p.text) for p in want]
+
+
 def test_the_client_retries_a_broken_server_and_then_says_so(server, monkeypatch, capsys):
     """Claim: 5xx is tried again until patience ends, with a line that says so; then there is one SearchFailed with the
     address. A refusal of the server (4xx) and an answer of the wrong length fail at once. Queries that repeat or are

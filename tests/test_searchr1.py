@@ -239,7 +239,7 @@ def test_the_budgets_end_turns_and_episodes_and_the_prompt_stays():
     close = len(prompt) + len("<search>a</search>") + 6  # room for five tokens, too few for the closing tag
     r, _, _ = played(["<search>a</search>"] * 2, max_length=close)
     assert len(r.turns) == 1 and r.response_mask[-1]
-    with pytest.raises(Mistake, match=f"'q' has {len(prompt)} tokens and max_length is 10: raise --max-length"):
+    with pytest.raises(Mistake, match=f"'q' has {len(prompt)} tokens and max_length is 10: shorten the question"):
         played(["x"], max_length=10)
 
 

@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -895,12 +896,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(small_base, monkey
 
 def test_of_two_processes_in_one_folder_the_second_refuses(small_base):
     """Claim: while a process trains in a folder, another one ends with one line, whether it begins or resumes a run
-    there. A lock that a dead process left behind stops nobody.
-    Fails if: alone_in waits (timeout=-1), or takes the existence of its file for a lock.
+    there, before it loads anything. A lock that a dead process left behind stops nobody.
+    Fails if: alone_in waits (timeout=-1), or takes the existence of its file for a lock, or main loads before it locks.
     """
     train.main(SMALL + ["--output-dir", "run"])
     assert Path("run/.lock").exists()
-    with train.alone_in("run"), train.alone_in("new"):
+    with train.alone_in("run"), train.alone_in("new"), mock.patch.object(train, "load_run", None):
         for flags in (["--resume", "run", "--steps", "3"], [*SMALL, "--output-dir", "new"]):
             with pytest.raises(Mistake, match="another process trains in (run|new): wait for it"):
                 train.main(flags)
@@ -910,17 +911,20 @@ def test_of_two_processes_in_one_folder_the_second_refuses(small_base):
 def test_old_checkpoints_go_and_the_best_one_stays(here):
     """Claim: of five checkpoints the newest two stay, and the one with the best evaluation, of equals the newer; one
     that was never evaluated is not the best. What a kill left unfinished goes. With keep 0 all stay. In each case only
-    the newest keeps what resuming needs.
-    Fails if: tidy takes the first of equal evaluations, or keeps the trainer state of the best.
+    the newest keeps what resuming needs. Copies under longer names are left alone.
+    Fails if: tidy takes the first of equal evaluations, or keeps the trainer state of the best, or data.checkpoints
+    takes every "checkpoint-*".
     """
     for folder, keep, left in (("few", 2, [3, 5, 6]), ("all", 0, [1, 2, 3, 4, 5, 6])):
         for step in range(1, 7):
             here(f"{folder}/checkpoint-{step}/trainer_state.pt", {})
         here(f"{folder}/unfinished-9/trainer_state.pt", {})
+        here(f"{folder}/checkpoint-1-mine/config.json", {}), here(f"{folder}/checkpoint-7.tar.gz", {})
         em = {1: 0.1, 2: 0.5, 3: 0.5, 5: 0.2, 6: 0.3}
         here(f"{folder}/metrics.jsonl", *({"step": step, "eval/em": value} for step, value in em.items()), {"step": 4})
         train.tidy(Path(folder), keep)
-        assert sorted(d.name for d in Path(folder).glob("*-*")) == [f"checkpoint-{step}" for step in left]
+        kept = ["checkpoint-1-mine", *(f"checkpoint-{step}" for step in left), "checkpoint-7.tar.gz"]
+        assert sorted(d.name for d in Path(folder).glob("*-*")) == sorted(kept)
         assert [state.parent.name for state in Path(folder).rglob("trainer_state.pt")] == ["checkpoint-6"]
 
 
@@ -1233,8 +1237,9 @@ def real_shape(tmp_path, monkeypatch):
     texts = [f'"{town}"\n{town} {about.format(i=i)}' for i, town in enumerate(towns)]
     passages = [{"id": str(i), "contents": text} for i, text in enumerate(texts)]
     questions = [
-        {"id": f"q{i}", "question": f"Who is the mayor of {t}", "golden_answers": [f"Person {i}"], "metadata": {}}
-        for i, t in enumerate(towns)
+        {"id": f"q{i}", "question": f"Who is the mayor of {t}", "golden_answers": [f"Person {i}"],
+         "metadata": {"context": {"title": [t], "sentences": [[text.partition("\n")[2]]]}}}
+        for i, (t, text) in enumerate(zip(towns, texts))
     ]
     for name, records in (("passages", passages), ("questions", questions)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -1246,7 +1251,8 @@ def real_shape(tmp_path, monkeypatch):
     bpe.train_from_iterator([searchr1.TEMPLATE, searchr1.INVALID_ACTION, *texts], trainer)
     message = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     chatml = "{% for m in messages %}" + message + "{% endfor %}{{ '<|im_start|>assistant\n' }}"
-    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": chatml}
+    several = {"default": chatml, "tool_use": chatml}  # transformers saves the second one in a subfolder
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": several}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **tokens)
     random_model(tokenizer).save_pretrained("model")
     tokenizer.save_pretrained("model")
@@ -1306,9 +1312,10 @@ def test_the_cold_start_shows_no_conversation_that_a_budget_cut(tokenizer):
 def test_easy_questions_come_first(here):
     """Claim: --easy-first orders the first epoch by hops, then by the place of the first passage with a gold answer
     when the question itself is the query; the second epoch is shuffled, and so is every one without the flag. The
-    engine has the patience that was asked for.
-    Fails if: draw() sorts every epoch, sorts without the flag (`rank and` dropped), or forgets the hops;
-    first_ranks counts a passage without a gold answer.
+    engine is asked for 512 questions at a time and has the patience that was asked for. A question that does not fit a
+    conversation is found before the run begins.
+    Fails if: draw() sorts every epoch, sorts without the flag (`rank and` dropped), or forgets the hops; first_ranks
+    counts a passage without a gold answer; load_run leaves out `begin`.
     """
     passages = [(f"Hill {i}", f"hill {i} of the fog is {word}") for i, word in enumerate(("red", "blue", "green"))]
     here("p.jsonl", *[{"id": str(i), "contents": f'"{t}"\n{text}'} for i, (t, text) in enumerate(passages)])
@@ -1319,6 +1326,9 @@ def test_easy_questions_come_first(here):
     ranks = train.first_ranks(questions, search)
     assert ranks[questions[1]] == ranks[questions[3]] == 0 and ranks[questions[0]] in (1, 2)
     assert ranks[questions[2]] == 3
+    calls = []
+    train.first_ranks(questions * 200, lambda asked, most: calls.append(len(asked)) or search(asked, most))
+    assert calls == [512, 288]
     record = lambda q: {"question": q.text, "golden_answers": list(q.gold_answers), "metadata": {"hops": q.hops}}
     here("q.jsonl", *[{"id": q.id} | record(q) for q in questions])
     random_model(data.make_tokenizer()).save_pretrained("model")
@@ -1329,6 +1339,8 @@ def test_easy_questions_come_first(here):
     assert [q.id for q in task.draw(1, {})] == ["3", "0", "2", "1"]
     assert any([q.id for q in task.draw(step, {})] != ["3", "0", "2", "1"] for step in range(2, 12))
     assert all(sorted(q.id for q in task.draw(step, {})) == ["0", "1", "2", "3"] for step in range(1, 12))
+    with pytest.raises(Mistake, match="'hill 1 of fog'.* has 7 tokens and max_length is 7: shorten"):
+        train.load_run(train.parse_config(files + ["--max-length", "7"]))
     seeds = [train.load_run(train.parse_config(files + ["--seed", str(seed)]))[1] for seed in range(3)]
     assert any([q.hops for q in task.draw(1, {})] != [1, 1, 1, 2] for task in seeds)
 
@@ -1352,8 +1364,9 @@ def test_a_tracker_gets_the_lines_of_the_log(small_base, monkeypatch):
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
 def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_format(real_shape, algo, monkeypatch):
     """Claim: --model DIR with question and passage files runs the same loop: the official prompt in the model's chat
-    template, the official information block, checkpoints that load.
-    Fails if: the tiny preset's lengths or messages are used (`preset` fixed to "tiny" in parse_config).
+    template, the official information block, checkpoints that load, with all chat templates of the tokenizer.
+    Fails if: the tiny preset's lengths or messages are used (`preset` fixed to "tiny" in parse_config), or
+    save_checkpoint opens folders (`filter(Path.is_file, unfinished.rglob("*"))` -> `unfinished.iterdir()`).
     """
     # An untrained model never closes a tag; let every third turn do so, so that passages really enter conversations.
     parse, search, turn = searchr1.parse_action, searchr1.Action("search", "mayor of Town B1"), itertools.count()
@@ -1371,6 +1384,7 @@ def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_forma
     assert json.loads(Path("run/config.json").read_text())["preset"] == "real"
     assert algo == "ppo" or Path("run/curves.png").stat().st_size > 20000
     AutoModelForCausalLM.from_pretrained("run/checkpoint-2")
+    assert Path("run/checkpoint-2/additional_chat_templates/tool_use.jinja").exists()
     ids = AutoTokenizer.from_pretrained("run/checkpoint-2")(searchr1.TEMPLATE)["input_ids"]
     assert ids == AutoTokenizer.from_pretrained("model")(searchr1.TEMPLATE)["input_ids"]
 
@@ -1381,11 +1395,12 @@ def test_a_real_models_folder_trains_on_files_with_the_official_prompt_and_forma
 )
 def test_a_fine_tuned_checkpoint_is_evaluated_as_it_was_trained(real_shape, capsys, algo, prompt):
     """Claim: --algo sft and rejection run on files, too; eval.py then asks the checkpoint in the form it was trained
-    in.
-    Fails if: save_checkpoint leaves the method out.
+    in. The command that train.py prints last is complete, with the question file where the corpus is made of it.
+    Fails if: save_checkpoint leaves the method out, or main the `files`.
     """
     flags = f"--algo {algo} --steps 1 --batch-size 2 --max-new-tokens 6 --max-turns 1 --eval-limit 1 --output-dir run"
-    train.main(real_shape + flags.split())
+    train.main(real_shape[:-1] + ["contexts", *flags.split()])
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" --data questions.jsonl")
     flags = "--checkpoint run/checkpoint-1 --data questions.jsonl --corpus passages.jsonl --limit 2 --json out.json"
     eval_main(flags.split())
     records = json.loads(Path("out.json").read_text())["records"]
