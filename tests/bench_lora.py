@@ -20,7 +20,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_kernels import seconds
-from models import Adapted, adapt
+from models import Adapted, adapt, fuse_norms
 
 FAMILIES = ("Qwen2", "Qwen3", "Llama")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -57,7 +57,7 @@ def pair(family, flags, device, dtype):
 
 def forward_backward(model, ids):
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    hidden.float().sin().sum().backward()
+    (hidden if hidden.dtype == torch.float64 else hidden.float()).sin().sum().backward()
     return hidden.detach()
 
 
@@ -79,6 +79,7 @@ def decoding(model, rows, width=256):
 def differences(ours, theirs, layers, ids):
     """Six largest differences: outputs and gradients, each ours - peft, ours - float64, peft - float64."""
     exact = copy.deepcopy(ours)
+    fuse_norms(exact)  # transformers computes norms in fp32, whatever the weights are
     for p in exact.parameters():
         p.data = p.data.double()
     outputs = [forward_backward(model, ids).double() for model in (ours, theirs, exact)]

@@ -27,12 +27,19 @@ import data
 import train
 
 
+def is_record(line):
+    try:
+        return "step" in json.loads(line)
+    except ValueError:
+        return False
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     steps = parser.parse_args(argv).steps
     torch.set_num_threads(1)
-    seen, reads, over = {}, [0, 0], threading.Event()
+    seen, reads, torn, over = {}, 0, [], threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         tempfile.tempdir = str(Path(folder, "tmp"))  # what the run leaves there is seen below
@@ -43,11 +50,12 @@ def main(argv=None):
         data.base_model = lambda *_: (*data.load_checkpoint("base", "cpu"), "base")
 
         def read():
+            nonlocal reads
             while not over.is_set():
                 if Path("run/metrics.jsonl").exists():
                     with open("run/metrics.jsonl") as lines:  # one by one: it must not take memory of its own
-                        reads[1] = sum("step" in json.loads(line) for line in lines if line.endswith("\n"))
-                    reads[0] += 1
+                        torn.extend(line for line in lines if line.endswith("\n") and not is_record(line))
+                    reads += 1
                 time.sleep(0.5)
 
         watcher = threading.Thread(target=read)
@@ -71,7 +79,7 @@ def main(argv=None):
     (first, (mb, threads, files)), (last, (more, threads2, files2)) = sorted(seen.items())
     print(f"\nstep {first}: {mb:.1f} MB, {files} open files, {threads} threads")
     print(f"step {last}: {more:.1f} MB ({more / mb - 1:+.1%}), {files2} open files, {threads2} threads")
-    print(f"metrics.jsonl was read {reads[0]} times, whole each time; left behind: {left[0]}, temporary: {left[1]}")
+    print(f"metrics.jsonl was read {reads} times, {len(torn)} lines were no records; left behind: {left[0]}, temporary: {left[1]}")
 
 
 if __name__ == "__main__":

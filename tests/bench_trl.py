@@ -98,7 +98,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4, help="TRL's conversations at once")
     flags, others = parser.parse_known_args()
-    config = parse_config(["--preset", "laptop", "--dtype", "fp32", "--no-easy-first", *others])
+    config = parse_config(["--preset", "laptop", "--dtype", "fp32", "--device", "cpu", "--no-easy-first", *others])
     print(f"{torch.get_num_threads()} threads; {config.model}; torch {torch.__version__}, trl {trl.__version__}")
     rate = product_rate()
     policy, task = load_run(config)

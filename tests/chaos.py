@@ -35,7 +35,7 @@ from data import run_main
 from engine import Mistake
 
 RUN = "--batch-size 4 --group-size 4 --eval-limit 4 --eval-every 2 --steps 4 --save-every 1 --reward format".split()
-RUN += "--max-turns 1 --max-new-tokens 8 --entropy-coef 0.1".split()
+RUN += "--max-turns 1 --max-new-tokens 8 --entropy-coef 0.1 --device cpu".split()  # CUDA does not survive a fork
 ONE = ["--group-size", "1", "--batch-size", "16"]
 KINDS = {
     "grpo": [],

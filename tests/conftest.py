@@ -15,6 +15,7 @@ import torch
 # Without a GPU the Triton kernels run in Triton's interpreter. The variable is read when kernels.py is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ["no_proxy"] = "127.0.0.1,localhost"  # the tests' own servers
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; with no network the question would take 20 seconds
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # models this small only wait for a second thread
