@@ -7,7 +7,7 @@ countries, one passage a fact, one-hop and two-hop questions. Training and test 
 A transformer of 0.4 M parameters stands in for Qwen, made here from random weights in about a minute. It learns exactly
 two things: to READ (name the answer, given passages and a question) and the FORMAT (the tags, from a poor policy that
 searches and answers at random). No episode is picked because its answer is right, and none comes from the world of the
-reinforcement learning. What to ask, when to ask again, which passage to believe: that must come from the reward.
+reinforcement learning. Which query, when to ask again, which passage to believe: that must come from the reward.
 
     1. the tiny world                    make_world, draw_questions, make_tokenizer; course/world.py prints one
     2. its base model                    reading_episode, poor_episodes: what it is shown; base_model

@@ -12,7 +12,7 @@ Every question counts. [The official loader drops the last, incomplete batch.] H
 
 Departures from the paper (the official repository has no code for its baselines):
   [D15] The paper prints no prompt for these baselines; ours follow its style: the question in the official form, the
-        answer in the official tags. The prompt ends with the first tag, so that all answers are parsed alike.
+        answer in the official tags. The prompt ends with the first tag, and an end of sequence closes an answer, too.
   [D16] Search-o1: the call that reads the passages sees them and the query, not the thoughts so far.
 
     python eval.py --checkpoint outputs/run-1                                all held-out questions of its world
@@ -310,7 +310,7 @@ def compare(args, methods, sets, settings, about, load):
     record there. For that load() gives policy, tokenizer, search. At the end FILE has it all, FILE.part goes."""
     config = {
         "checkpoint": args.checkpoint, "methods": methods, "data": list(sets), "limit": args.limit,
-        "temperature": args.temperature, "settings": asdict(settings), "trained": about,
+        "temperature": args.temperature, "dtype": args.dtype, "settings": asdict(settings), "trained": about,
         "questions": {name: hashlib.sha256(repr(of).encode()).hexdigest()[:16] for name, of in sets.items()},
     }  # fmt: skip
     part = Path(f"{args.json}.part")

@@ -14,8 +14,8 @@ Departures, besides those of searchr1.py and models.py (P: from the paper, C: fr
   [D9]  C  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 2e-5 (tested), and a forward
            pass is saved. In bf16 they are 0.01 a token apart; there --recompute-old-logprobs, as in the official code.
            With one update a step and the KL in the loss, recomputing is free: the update's own log-probs are used.
-  [D10] C  Rollouts of advantage 0 (GRPO: groups of equal rewards) stay out of the update, and so does their KL term. If
-           all advantages are 0, all stay and only KL acts. PPO keeps all. Logged as frac_reward_zero_std.
+  [D10] P,C Rollouts of advantage 0 (GRPO: groups of equal rewards) stay out of the update, with their KL term and their
+           tokens in the mean. If all are 0, all stay and only KL acts. PPO keeps all. Logged as frac_reward_zero_std.
   [D11] C  The learning rate warms up from lr/warmup_steps, not from 0, which would waste the first step. In the tiny
            world a run ends with a cooldown, in which the rate falls to a tenth. It begins when nearly all answers are
            right, since some seeds need twice as many steps as others (LOG.md, 33).

@@ -117,7 +117,7 @@ def main(argv=None):
     packages()  # before a base model is made for nothing
     processes = int(os.environ.get("WORLD_SIZE", 1))  # that torchrun started
     if QUESTIONS * GROUP // UPDATES % processes:
-        raise Mistake(f"{processes} processes cannot share {QUESTIONS * GROUP // UPDATES} rollouts an update: start 2 or 4")
+        raise Mistake(f"{processes} processes cannot share {QUESTIONS * GROUP // UPDATES} rollouts: start 2 or 4")
     policy, environment, held_out = tiny(args.seed)
     trainer = make_trainer(policy, environment, args.output, args.steps, processes)
     trainer.train()

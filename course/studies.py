@@ -339,7 +339,7 @@ def kl_study(seeds, given):
 
 BAR = {"eval/em_1hop": 0.95, "eval/em_2hop": 0.90, "eval/sampled_em_1hop": 0.80, "eval/sampled_em_2hop": 0.70}
 ALGOS = ("grpo", "ppo", "reinforce")
-NUMBERS = {"seed": range(10), "world_seed": range(1, 11)}  # fixed before anything was tuned; tune on others
+NUMBERS = {"seed": range(10), "world_seed": range(1, 11)}  # chosen before tuning; some rules came after these
 
 
 def luck(jobs, given):

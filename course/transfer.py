@@ -3,7 +3,7 @@ on questions that are more or less far from those that it was trained on.
 
     python -m course.transfer outputs/run-1
 
-    training questions        as they were asked in training
+    training questions        about training entities; a run of GRPO asks about half of them (PPO, REINFORCE: most)
     reworded                  about the same facts, in other words
     held out                  about entities that no training question mentions
     another world             other facts, about names that the first world may have, too; the engine searches there

@@ -656,9 +656,10 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
     """Claim: of a checkpoint of a run that began at a run's checkpoint, steps are its own, hours those of both runs up
     to the checkpoint, the model is the first one, and the method how it was trained (r1: without search), unless it was
     asked otherwise. A row a number of hops; rows of other models stay, rows of the same one are replaced.
-    A table with other columns is refused, by course.points, too.
-    Fails if: origin leaves out `before`, counts the lines after the checkpoint, rows_of groups by method alone, or one
-    of the two scripts does not look at `fieldnames`.
+    A table with other columns is refused, by course.points, too. --paired takes the same questions of two files: of
+    [1, 0, 1] and [0, 1, 1, 1] none is more right in the second, one is gained, one lost.
+    Fails if: origin leaves out `before`, counts the lines after the checkpoint, rows_of groups by method alone, one of
+    the two scripts does not look at `fieldnames`, or paired takes the means of all records of each file.
     """
     monkeypatch.chdir(tmp_path)
     runs = {"a": ("models/Small-1B", "format", 3600.0), "b": ("a/checkpoint-2", "grpo", 1800.0)}
@@ -670,7 +671,8 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
         Path(name, "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def answered(file, checkpoint, ems, method="search-r1"):
-        score = lambda i, em: {"em": em, "f1": em / 2, "searches": 1, "response_tokens": 40, "hops": 1 + i % 2}
+        asked = lambda i: {"position": i, "question": f"{i}?", "hops": 1 + i % 2}
+        score = lambda i, em: {"em": em, "f1": em / 2, "searches": 1, "response_tokens": 40} | asked(i)
         records = [{"method": method} | score(i, em) for i, em in enumerate(ems)]
         config = {"checkpoint": checkpoint, "trained": {"method": "search-r1"}}
         Path(file).write_text(json.dumps({"config": config, "records": records}))
@@ -699,6 +701,12 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
     assert Path("t.csv").read_text().splitlines()[-1].startswith("Small-1B,rag after r1,1,1,")
     Path("bad.json").write_text("{")
     assert "bad.json was not written by eval.py --json" in refused(lambda: real.main(["t.csv", "bad.json"]), capsys)
+    answered("a.json", "a/checkpoint-3", [1.0, 0.0, 1.0])
+    answered("b.json", "b/checkpoint-2", [0.0, 1.0, 1.0, 1.0])
+    capsys.readouterr()
+    real.main(["--paired", "a.json", "b.json"])
+    difference = "b.json - a.json: +0.000 (95 %: -1.000 to +1.000), 3 questions: 1 gained, 1 lost\n"
+    assert capsys.readouterr().out == difference
     Path("other.csv").write_text("method,seed\ncot,0\n")
     assert "other.csv is another table" in refused(lambda: real.main(["other.csv", "3.json"]), capsys)
     assert "other.csv holds no points" in refused(lambda: points.main(["other.csv", "--output", "x.png"]), capsys)

@@ -589,6 +589,7 @@ def test_a_complete_comparison_is_only_printed_and_another_is_refused(files, ask
         (["--top-k", "1"], "settings"),
         (["--temperature", "1"], "temperature"),
         (["--encoder", "e5"], "trained"),
+        (["--dtype", "bf16"], "dtype"),
     ):
         with pytest.raises(Mistake, match=f"b.json is of another comparison: {message} differ"):
             evaluation.main(flags + change)
