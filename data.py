@@ -465,7 +465,7 @@ def resolve_corpus(spec, files, encoder="hashed", folder="outputs/corpora"):
     Path(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(Path(folder) / ".lock"):  # two runs that begin together: the second waits for the first one's index
         corpus = contexts_corpus(files, folder) if name == "contexts" else DOWNLOADS / "wiki18" / "wiki-18.jsonl"
-        output = Path(folder) / f"{corpus.stem}-{encoder.strip('/').replace('/', '--')}"
+        output = Path(folder) / (f"{corpus.stem}-" + re.sub(r"[\\/:]+", "--", encoder.strip("/")))
         if not (output / "manifest.json").exists():
             if not corpus.exists():  # wiki18, packed
                 corpus = fetch("PeterJinGo/wiki-18-corpus", "wiki-18.jsonl.gz", corpus.with_name("wiki-18.jsonl.gz"))
@@ -484,6 +484,8 @@ class Parser(argparse.ArgumentParser):
 def run_main(main):
     """Call a script's main(). A Mistake, a file that cannot be read or written, a search engine that is gone: one line,
     exit code 2. Any other exception is a bug of ours and keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a pipe on Windows cannot encode every character of a passage
+        sys.stdout.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except (Mistake, SearchFailed, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:

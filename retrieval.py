@@ -44,11 +44,19 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+# PITFALL: on a Mac torch and faiss bring an OpenMP library each, and a process with two of them crashes, unless that is
+# allowed, torch is loaded first, and faiss keeps to one thread.
+ON_MAC = sys.platform == "darwin"
+if ON_MAC:
+    os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
+    import torch
 import faiss
 import numpy as np
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+if ON_MAC:
+    faiss.omp_set_num_threads(1)
 WORD = re.compile(r"\w+")
 ENCODERS = {  # PITFALL: an encoder must be asked as it was trained. A wrong prefix or pooling costs recall silently.
     "e5": ("mean", "query: ", "passage: "),  # model card of intfloat/e5-base-v2, the paper's retriever
@@ -531,6 +539,7 @@ class Server(ThreadingHTTPServer):
     """One thread a connection. The engine's lock lets one search run at a time, which uses all cores by itself."""
 
     request_queue_size = 128
+    allow_reuse_address = os.name != "nt"  # on Windows a second server would share the port
 
     def __init__(self, engine, host="127.0.0.1", port=8000, top_k=3):
         super().__init__((host, port), Handler)

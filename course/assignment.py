@@ -82,7 +82,7 @@ def write_starter(out, numbers):
     """A folder that does not exist yet, numbers of exercises -> the starter in it."""
     out = copy_project(out, ("mutants.py",))
     for file, functions in by_file(numbers).items():
-        (out / file).write_text(emptied((ROOT / file).read_text(), functions))
+        (out / file).write_text(emptied((ROOT / file).read_text("utf-8"), functions), "utf-8")
     (out / "AGENTS.md").write_text(AGENTS)
     (out / "ASSIGNMENT.md").write_text(f"Exercises {', '.join(map(str, numbers))} of:\n\n```\n{table()}\n```\n")
 

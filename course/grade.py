@@ -40,10 +40,10 @@ NOISE = 0.02  # how far answers of the same checkpoint may be apart on two machi
 def solved(folder, file, functions):
     """The student's source of a script, with our own text for these functions ("Class.function"). A script that they do
     not have is ours."""
-    student, ours = Path(folder) / file, (ROOT / file).read_text()
+    student, ours = Path(folder) / file, (ROOT / file).read_text("utf-8")
     if not student.exists():
         return ours
-    source = student.read_text()
+    source = student.read_text("utf-8")
     for path in functions:
         try:
             theirs, own = find(ast.parse(source), path), find(ast.parse(ours), path)
@@ -61,7 +61,7 @@ def unfinished(folder, number):
         file, name = Path(folder) / f"{function.partition('.')[0]}.py", function.rpartition(".")[2]
         words = rf'^\s*raise NotImplementedError\("exercise {number}: {name}"\)'
         runs = kernels.HAVE_TRITON or not name.endswith("_kernel")
-        if runs and file.exists() and re.search(words, file.read_text(), re.MULTILINE):
+        if runs and file.exists() and re.search(words, file.read_text("utf-8"), re.MULTILINE):
             return True
     return False
 
@@ -73,7 +73,7 @@ def run_tests(folder, tests, seconds, ours={}):
     with tempfile.TemporaryDirectory(prefix="grade-") as work:
         work = Path(work)
         for script in ROOT.glob("*.py"):
-            (work / script.name).write_text(solved(folder, script.name, ours.get(script.name, ())))
+            (work / script.name).write_text(solved(folder, script.name, ours.get(script.name, ())), "utf-8")
         for part in ("tests", "course", "figures"):
             shutil.copytree(ROOT / part, work / part, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
         report = work / "report.xml"
@@ -103,7 +103,7 @@ def run_tests(folder, tests, seconds, ours={}):
 def claim_of(test):
     """"file::test" -> what its docstring claims, in one line."""
     file, _, name = test.partition("::")
-    text = ast.get_docstring(find(ast.parse((ROOT / "tests" / file).read_text()), name)) or ""
+    text = ast.get_docstring(find(ast.parse((ROOT / "tests" / file).read_text("utf-8")), name)) or ""
     return " ".join(text.partition("Fails if")[0].removeprefix("Claim:").split())
 
 
@@ -143,7 +143,7 @@ def grade_run(folder, world_seed=None):
     checked, why it fails or None)."""
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text("utf-8"))
         records = list(read_log(folder / "metrics.jsonl"))
         wanted = json.loads(THRESHOLDS.read_text())[f"{config['preset']}/{config['algo']}"]
     except (OSError, ValueError) as error:

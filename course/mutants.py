@@ -187,7 +187,7 @@ MUTANTS = [
 
 def mutated(mutant):
     """The text of the mutant's file with its mistake in it. Mistake if `old` does not stand there exactly once."""
-    text = (ROOT / mutant.file).read_text()
+    text = (ROOT / mutant.file).read_text("utf-8")
     if text.count(mutant.old) != 1:
         raise Mistake(f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}")
     return text.replace(mutant.old, mutant.new)
@@ -227,7 +227,7 @@ This is hunt {mark}.
 
 def place(mutant):
     """-> (file, "Class.function") in which the mutant's line stands."""
-    text = (ROOT / mutant.file).read_text()
+    text = (ROOT / mutant.file).read_text("utf-8")
     line = text.count("\n", 0, text.index(mutant.old)) + 1
     return mutant.file, ".".join(name for first, last, name in functions(ast.parse(text)) if first <= line <= last)
 
@@ -263,7 +263,7 @@ def write_bughunt(out, seed):
     them: tests (most mistakes turn several of them red), and comments on the three lines or right above them."""
     out = copy_project(out, ("mutants.py",))
     for bug in planted(seed):
-        (out / bug.file).write_text(with_mistake(bug, (out / bug.file).read_text()))
+        (out / bug.file).write_text(with_mistake(bug, (out / bug.file).read_text("utf-8")), "utf-8")
     for test in (out / "tests").glob("test_*.py"):
         test.unlink()
     (out / "HUNT.md").write_text(HANDOUT.format(mark=mark(seed)))
@@ -273,7 +273,7 @@ def grade_bughunt(folder, seed, seconds):
     """A student's bug hunt and its seed -> list of {file, lesson, red: is the mistake still there?}. A mistake can turn
     the test of another one red, too. So each is tested alone: where the others were planted, the functions are ours."""
     handout = Path(folder) / "HUNT.md"
-    if not handout.exists() or mark(seed) not in handout.read_text():
+    if not handout.exists() or mark(seed) not in handout.read_text("utf-8"):
         raise Mistake(f"{handout} is not of the bug hunt with the seed {seed}")
     bugs, results = planted(seed), []
     places = [place(bug) for bug in bugs]

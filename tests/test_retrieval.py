@@ -51,7 +51,7 @@ def corpus(tmp_path):
     rng, names = random.Random(0), [f"name{i}" for i in range(120)]
     file = tmp_path / "passages.jsonl"
     records = [{"id": str(i), "contents": f'"Tïtle {i}"\n{" ".join(rng.choices(names, k=12))}'} for i in range(400)]
-    file.write_text("".join(json.dumps(r, ensure_ascii=i % 2 == 0) + "\n" for i, r in enumerate(records)))
+    file.write_text("".join(json.dumps(r, ensure_ascii=i % 2 == 0) + "\n" for i, r in enumerate(records)), "utf-8")
     return file
 
 
@@ -199,7 +199,7 @@ def test_passages_stay_on_disk_and_are_read_by_row(corpus):
     Fails if: offsets count characters and not bytes (`len(line)` of a decoded line), or negative rows wrap around.
     """
     passages = load_passages(corpus)
-    want = [json.loads(line) for line in corpus.read_text().splitlines()]
+    want = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]
     assert isinstance(passages, PassageFile) and len(passages) == 400
     for row in (399, 0, 17, 200):
         assert passages[row].id == want[row]["id"] and passages[row].contents == want[row]["contents"]
@@ -772,6 +772,27 @@ def test_concurrent_clients_get_their_own_answers(server):
     [c.start() for c in clients]
     [c.join() for c in clients]
     assert wrong == []
+
+
+def test_on_a_mac_torch_is_loaded_first_and_faiss_keeps_to_one_thread():
+    """Claim: where torch and faiss bring an OpenMP library each, torch is loaded before faiss, two libraries are
+    allowed, and faiss uses one thread.
+    Fails if: one of the three is left out of retrieval.py.
+    """
+    code = """
+import builtins, os, sys, types
+import retrieval  # so that all it needs is loaded
+plain, order, threads = builtins.__import__, [], []
+sys.modules |= {"torch": types.ModuleType("torch"), "faiss": types.SimpleNamespace(omp_set_num_threads=threads.append)}
+del sys.modules["retrieval"]
+sys.platform, builtins.__import__ = "darwin", lambda name, *a, **k: order.append(name) or plain(name, *a, **k)
+import retrieval
+print(order.index("torch") < order.index("faiss"), *threads, os.environ["KMP_DUPLICATE_LIB_OK"])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "KMP_DUPLICATE_LIB_OK"}
+    how = {"cwd": Path(retrieval.__file__).parent, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **how)
+    assert done.stdout.split() == ["True", "1", "TRUE"], done.stderr
 
 
 def test_passages_of_a_server_that_gives_no_ids_are_told_apart(server, monkeypatch):

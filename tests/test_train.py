@@ -636,7 +636,7 @@ def test_interrupted_it_finishes_its_step_and_saves(small_base, monkeypatch, cap
 
     def interrupted(*args):
         if len(metrics("stopped")) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return draw(*args)
 
     monkeypatch.setattr(data, "draw_questions", interrupted)
