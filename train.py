@@ -765,7 +765,7 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
 
     longest = max(questions + held_out, key=lambda q: len(q.text))  # a run would stop at it, again at each --resume
     begin(longest, prompt_ids(longest, tokenizer, config.settings), config.settings)
-    some = random.Random(config.seed).sample(questions, min(len(questions), 10_000))  # BM25: .03 s each; others count as hard
+    some = random.Random(config.seed).sample(questions, min(len(questions), 10_000))  # BM25 takes .03 s each
     rank = first_ranks(some, engine.search) if config.easy_first else {}
 
     @functools.lru_cache(maxsize=2)
