@@ -215,8 +215,7 @@ def feed(policy, slots, rows, blocks):
     """Append blocks[i], a list of ids, to slot rows[i] -> logits [n, V] fp32 of the token after the last id of each.
     This serves a prompt (a long block, the slot is empty), a decoding step (one id) and retrieved passages (a long
     block, the slot holds a conversation): nothing is encoded twice. An empty block leaves its slot as it was."""
-    longest = max(slots.lengths[row] + len(block) for row, block in zip(rows, blocks))
-    most = max(1, FEED_TOKENS // longest)
+    most = max(1, FEED_TOKENS // max(slots.lengths[row] + len(block) for row, block in zip(rows, blocks)))
     if max(map(len, blocks)) > 1 and len(rows) > most:  # in pieces, blocks of like length together
         order = sorted(range(len(rows)), key=lambda i: len(blocks[i]))
         pieces = [order[at : at + most] for at in range(0, len(order), most)]
@@ -224,10 +223,9 @@ def feed(policy, slots, rows, blocks):
         return torch.cat(logits)[torch.tensor(order, device=slots.device).argsort()]
     ids_nT, last_n, place = slots.place(rows, blocks)
     run = decode if slots.graphs and place.in_order and ids_nT.shape[1] == 1 else hidden_states
-    hidden_nTD = run(policy, place, ids_nT)
+    last_nD = run(policy, place, ids_nT)[torch.arange(len(rows), device=slots.device), last_n]
     for row, block in zip(rows, blocks):
         slots.lengths[row] += len(block)
-    last_nD = hidden_nTD[torch.arange(len(rows), device=slots.device), last_n]
     weight_VD = policy.get_output_embeddings().weight
     if slots.device.type == "cpu":
         slots.head = weight_VD.float() if slots.head is None else slots.head  # converted once, not for each token

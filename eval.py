@@ -317,8 +317,7 @@ def compare(args, methods, sets, settings, about, load):
     records = kept(args.json, config) if args.json else []
     done = {(r["method"], r["data"], r["position"]) for r in records}
     batches = [(method, name, at) for method in methods for name in sets for at in range(0, len(sets[name]), KEPT)]
-    todo = [batch for batch in batches if batch not in done]  # known by its first question
-    if todo:
+    if todo := [batch for batch in batches if batch not in done]:  # known by its first question
         policy, tokenizer, search = load()
         slots = engine.Slots(policy, engine.slots_for(policy, KEPT, settings.max_length), settings.max_length)
         generator = torch.Generator(policy.get_output_embeddings().weight.device)

@@ -276,9 +276,8 @@ def try_kernels(device):
     """Launch the Triton kernels once, forward and back, before anything is trained. PITFALL: Triton builds its driver
     with a C compiler at the first launch. Without one, a run would end after its first rollouts."""
     x_1V = torch.zeros(1, 8, device=device, requires_grad=True)
-    target_1 = torch.zeros(1, dtype=torch.long, device=device)
     try:
-        fused_logprob_kl(x_1V, target_1).logp.sum().backward()
+        fused_logprob_kl(x_1V, torch.zeros(1, dtype=torch.long, device=device)).logp.sum().backward()
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         why = str(error).strip().splitlines()[0]
         raise Mistake(f"Triton cannot build its kernels here: {why}; install gcc or clang, or set CC to one") from None

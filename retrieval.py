@@ -389,8 +389,7 @@ class SearchEngine:
             raise ValueError(f"top_k={top_k}: must be at least 1")
         k = min(top_k, len(self.passages))
         with self.lock:
-            new = [q for q in dict.fromkeys(queries) if (q, k) not in self.cache and q.strip()]
-            if new:
+            if new := [q for q in dict.fromkeys(queries) if (q, k) not in self.cache and q.strip()]:
                 for q, scores_K, rows_K in zip(new, *self.ranker.rank(new, k)):
                     # PITFALL: FAISS gives row -1 where it finds fewer than k, and passages[-1] is the last of a list.
                     self.cache[q, k] = [(int(row), float(score)) for row, score in zip(rows_K, scores_K) if row >= 0]

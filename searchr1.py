@@ -268,11 +268,9 @@ def f1_score(prediction, gold_answers):
     """Largest token F1 over the gold answers, in [0, 1]; yes, no, noanswer count only if equal [HotpotQA, FlashRAG]."""
     best, normal = 0.0, normalize_answer(prediction)
     for gold in map(normalize_answer, gold_answers):
-        if normal != gold and {normal, gold} & {"yes", "no", "noanswer"}:
-            continue
-        common = sum((Counter(normal.split()) & Counter(gold.split())).values())
-        if common:
-            best = max(best, 2 * common / (len(normal.split()) + len(gold.split())))
+        if normal == gold or not {normal, gold} & {"yes", "no", "noanswer"}:
+            common = sum((Counter(normal.split()) & Counter(gold.split())).values())
+            best = max(best, 2 * common / max(1, len(normal.split()) + len(gold.split())))
     return best
 
 def extract_answer(response):
@@ -311,11 +309,8 @@ def collate(rollouts, device="cpu", mask_retrieved=True):
     Critic cut likewise. mask_retrieved False is the paper's ablation [Table 4]: retrieved tokens are trained, too.
     Padding is id 0, whatever that is: it is on the right, where causal attention never looks, and it is masked.
     PITFALL: a mask derived from `id != pad` would lose genuine tokens wherever pad = eos."""
-
-    def padded(rows, dtype):
-        rows = [torch.tensor(row, dtype=dtype) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-
+    tensors = lambda rows, dtype: [torch.tensor(row, dtype=dtype) for row in rows]
+    padded = lambda rows, dtype: torch.nn.utils.rnn.pad_sequence(tensors(rows, dtype), batch_first=True).to(device)
     masks = [r.response_mask if mask_retrieved else [i >= r.prompt_length for i in range(len(r.ids))] for r in rollouts]
     return Batch(
         ids_BL=padded([r.ids for r in rollouts], torch.long),

@@ -307,12 +307,8 @@ def poor_policy(r, tokenizer, settings, ends, rng):
 
 def say(talk, answers):
     """Send these one by one -> the query that the conversation then asks for; None: it wants a token, or it is over."""
-    try:
-        for answer in answers:
-            wish = talk.send(answer)
-    except StopIteration:
-        return None
-    return wish
+    with contextlib.suppress(StopIteration):
+        return [talk.send(answer) for answer in answers][-1]
 
 REWARDS = {
     "em": lambda r, gold_answers: outcome_reward(r.answer, gold_answers),  # [Eq. 4]
@@ -469,8 +465,7 @@ def new_logprobs(models, part, config):
     new = token_logprobs(models.policy, part.ids_BL, part.mask_BT, config.temperature, *reference)
     if not config.kl_coef:  # the reference's forward pass would only serve the log
         return new, {}
-    ref_logprobs_BT = new.ref_logp if reference else part.ref_logprobs_BT
-    kl = token_mean(kl_k3(new.logp, ref_logprobs_BT), part.mask_BT)
+    kl = token_mean(kl_k3(new.logp, new.ref_logp if reference else part.ref_logprobs_BT), part.mask_BT)
     return new, {"kl": kl} | ({"kl_exact": token_mean(new.kl, part.mask_BT)} if reference else {})
 
 def learning_rate_factor(step, warmup_steps, config):
@@ -646,9 +641,8 @@ def tidy(out, keep):
         (older / "trainer_state.pt").unlink(missing_ok=True)
     em = {record["step"]: record.get("eval/em", -1.0) for record in read_log(out / "metrics.jsonl")}
     best = max(checkpoints, key=lambda checkpoint: (em.get(step_of(checkpoint), -1.0), step_of(checkpoint)))
-    for older in checkpoints[:-keep] if keep else ():
-        if older != best:
-            older.rename(out / older.name.replace("checkpoint", "unfinished"))  # no checkpoint-N is half deleted
+    for older in set(checkpoints[:-keep] if keep else ()) - {best}:
+        older.rename(out / older.name.replace("checkpoint", "unfinished"))  # no checkpoint-N is half deleted
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -863,9 +857,8 @@ def check_config(c):
         "--eval-data needs --train-data: the tiny world has held-out questions": c.eval_data and not c.train_data,
         f"{given('group_size')}: {c.algo} has one example a question": c.algo in ("sft", "format") and c.group_size > 1,
         f"{given('redraws')}: a group of one has no spread": c.redraws and c.group_size == 1,
-        "--algo format shows how to search: leave out --no-search and --max-turns 0": (
-            c.algo == "format" and (c.no_search or not c.max_turns)
-        ),
+        "--algo format shows how to search: leave out --no-search and --max-turns 0":
+            c.algo == "format" and (c.no_search or not c.max_turns),
         f"{given('lora_layers')}: without --lora-rank there are no adapters": c.lora_layers and not c.lora_rank,
         "--easy-first needs --model: the tiny world has a schedule of its own": c.easy_first and not c.model,
         f"{given('slots')}: a group of {c.group_size} rollouts is in flight together": 0 < c.slots < c.group_size,
