@@ -509,7 +509,8 @@ def step_of(checkpoint):
 
 def checkpoints(run):
     """Folder of a run -> its checkpoints, the newest last. Copies of them under longer names do not count."""
-    return sorted((c for c in Path(run).glob("checkpoint-*") if c.name[11:].isdigit()), key=step_of)
+    found = Path(run).glob("checkpoint-*")
+    return sorted((c for c in found if c.name.removeprefix("checkpoint-").isdigit()), key=step_of)
 
 def newest(path):
     """Folder of a run -> its newest checkpoint; whatever else names a model -> itself. For command lines: what a run or

@@ -646,14 +646,17 @@ def tidy(out, keep):
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
+def resumable(run):
+    """Folder of a run -> those of its checkpoints that a run can go on from, the newest last."""
+    return [checkpoint for checkpoint in data.checkpoints(run) if (checkpoint / "trainer_state.pt").exists()]
+
 def restore(models, config):
     """Load the newest checkpoint of a run -> its step, or None if there is none: the run begins anew. Cut the logs back
     to it: what came after is done again. Nothing is unpickled but tensors and plain values."""
     out = Path(config.output_dir)
-    saved = [checkpoint for checkpoint in data.checkpoints(out) if (checkpoint / "trainer_state.pt").exists()]
-    if not saved:
+    if not resumable(out):
         return None
-    newest = saved[-1]
+    newest = resumable(out)[-1]
     try:
         # To the CPU first: a second copy might not fit on the card.
         state = torch.load(newest / "trainer_state.pt", map_location="cpu", weights_only=True)
@@ -759,8 +762,9 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
 
     longest = max(questions + held_out, key=lambda q: len(q.text))  # a run would stop at it, again at each --resume
     begin(longest, prompt_ids(longest, tokenizer, config.settings), config.settings)
-    some = random.Random(config.seed).sample(questions, min(len(questions), 10_000))  # BM25 takes .03 s each
-    rank = first_ranks(some, engine.search) if config.easy_first else {}
+    rank = {}
+    if config.easy_first:  # BM25 takes .03 s a question; those that are not ranked count as hard
+        rank = first_ranks(random.Random(config.seed).sample(questions, min(len(questions), 10_000)), engine.search)
 
     @functools.lru_cache(maxsize=2)
     def order(epoch):  # sorting and shuffling once an epoch, not at every step
@@ -877,8 +881,7 @@ def resumed_config(given):
         saved = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise Mistake(f"--resume: {folder} is no folder of a run: {error}") from None
-    checkpoints = data.checkpoints(folder)
-    if checkpoints and not any((checkpoint / "trainer_state.pt").exists() for checkpoint in checkpoints):
+    if data.checkpoints(folder) and not resumable(folder):
         raise Mistake(f"--resume: no checkpoint in {folder} has the trainer_state.pt that it takes to continue")
     if unknown := set(saved) - {f.name for f in fields(Config)}:
         raise Mistake(f"{folder} was made by another version, with flags that are gone: {', '.join(sorted(unknown))}")

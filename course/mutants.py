@@ -185,12 +185,16 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def mutated(mutant):
-    """The text of the mutant's file with its mistake in it. Mistake if `old` does not stand there exactly once."""
-    text = (ROOT / mutant.file).read_text("utf-8")
+def around(mutant, text):
+    """What stands before and after `old` in the text. Mistake if `old` does not stand there exactly once."""
     if text.count(mutant.old) != 1:
         raise Mistake(f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}")
-    return text.replace(mutant.old, mutant.new)
+    return text.split(mutant.old)
+
+
+def mutated(mutant):
+    """The text of the mutant's file with its mistake in it."""
+    return mutant.new.join(around(mutant, (ROOT / mutant.file).read_text("utf-8")))
 
 
 def killed(mutant, seconds=300):
@@ -245,7 +249,7 @@ def planted(seed):
 
 def with_mistake(bug, text):
     """The text of the mutant's file with its mistake in it, without the comments on this line and right above it."""
-    before, _, after = text.partition(bug.old)
+    before, after = around(bug, text)
     lines, rest = before.split("\n"), after.split("\n")
     while len(lines) > 1 and lines[-2].strip().startswith("#"):
         del lines[-2]

@@ -30,14 +30,19 @@ def origin(checkpoint):
     return model, method, int(steps), before + sum(timed) / 3600
 
 
+def read(file):
+    """A file of eval.py --json -> (its configuration, its records)."""
+    try:
+        content = json.loads(Path(file).read_text())
+        return content["config"], content["records"]
+    except (ValueError, KeyError, TypeError):
+        raise Mistake(f"{file} was not written by eval.py --json, or not to its end") from None
+
+
 def rows_of(file):
     """A file of eval.py --json -> its rows, dicts of COLUMNS. The method of a trained checkpoint is how it was trained;
     "rag after grpo" if it was asked otherwise."""
-    try:
-        content = json.loads(Path(file).read_text())
-        config, records = content["config"], content["records"]
-    except (ValueError, KeyError, TypeError):
-        raise Mistake(f"{file} was not written by eval.py --json, or not to its end") from None
+    config, records = read(file)
     model, trained_by, steps, hours = origin(config["checkpoint"])
     groups = {}
     for r in records:
@@ -57,8 +62,7 @@ def paired(first, second):
     """Two files of eval.py --json -> a line: on the questions of both, how much more are right in the second, with the
     95 % interval of that difference, and how many are gained and lost. On the same questions it is much narrower than
     two intervals side by side."""
-    records = (json.loads(Path(file).read_text())["records"] for file in (first, second))
-    before, after = ({(r["position"], r["question"]): r["em"] for r in of} for of in records)
+    before, after = ({(r["position"], r["question"]): r["em"] for r in read(file)[1]} for file in (first, second))
     change = [after[k] - before[k] for k in before if k in after]
     if not change:
         raise Mistake(f"{first} and {second} have no question in common")

@@ -114,7 +114,7 @@ def finished_run(given):
     last = lambda: folder / f"checkpoint-{json.loads((folder / 'config.json').read_text())['steps']}"
     with train.alone_in(folder):
         if not (folder / "config.json").exists() or not last().exists():
-            half = any(folder.glob("checkpoint-*/trainer_state.pt"))
+            half = train.resumable(folder)
             if not half:  # what a killed run left before its first checkpoint
                 (folder / "metrics.jsonl").unlink(missing_ok=True)
             config = train.parse_config({"resume": str(folder)} if half else flags | {"output_dir": str(folder)})

@@ -707,6 +707,7 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
     real.main(["--paired", "a.json", "b.json"])
     difference = "b.json - a.json: +0.000 (95 %: -1.000 to +1.000), 3 questions: 1 gained, 1 lost\n"
     assert capsys.readouterr().out == difference
+    assert "bad.json was not written by" in refused(lambda: real.main(["--paired", "a.json", "bad.json"]), capsys)
     Path("other.csv").write_text("method,seed\ncot,0\n")
     assert "other.csv is another table" in refused(lambda: real.main(["other.csv", "3.json"]), capsys)
     assert "other.csv holds no points" in refused(lambda: points.main(["other.csv", "--output", "x.png"]), capsys)
