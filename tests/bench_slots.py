@@ -61,7 +61,8 @@ def simulate(rollouts=80, group_size=5, slots=64, max_length=4096, seed=0):
     """Run the scheduler over made-up conversations -> (list of decoding steps (rows, padded rows, columns), ids read in
     blocks, ids a rollout, written ids a rollout)."""
     rng = random.Random(seed)
-    policy = SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(weight=torch.zeros(1, 1)))
+    head = SimpleNamespace(weight=torch.zeros(1, 1))
+    policy = SimpleNamespace(get_output_embeddings=lambda: head, config=None)  # no network: `feed` is made up below
     records = [Rollout("", [0] * 190, [False] * 190, [0.0] * 190, 190) for _ in range(rollouts)]
     steps, read, held = [], Counter(), engine.Slots(policy, slots, max_length, static=True)
 
