@@ -238,7 +238,7 @@ def feed(policy, slots, rows, blocks):
 def sample(logits_nV, temperature, draws_n=None):
     """[n, V] fp32 -> ids [n] and their log-probs [n] under softmax(logits / temperature); temperature 0 is greedy.
     draws_n: a uniform number from [0, 1) a row, float64. The token is where the cumulated probabilities pass it. No
-    top-k, no top-p: what is sampled must be the distribution whose log-probs are trained. PITFALL: transformers'
+    top-k, no top-p [D12]: what is sampled must be the distribution whose log-probs are trained. PITFALL: transformers'
     generate(do_sample=True) cuts to the 50 most likely tokens unless told otherwise."""
     scaled_nV = logits_nV if temperature in (0, 1) else logits_nV / temperature
     logprobs_nV = torch.log_softmax(scaled_nV, dim=-1)

@@ -10,7 +10,7 @@ Every question counts. [The official loader drops the last, incomplete batch.] H
     5. curves             metrics.jsonl of one or several runs -> one picture
     6. ask, chat          a conversation, in colour, while it is held
 
-Departures from the paper (the official repository has no code for its baselines):
+Departures from the paper (of its baselines, the official repository has R1 and a RAG prompt that asks for reasoning):
   [D15] The paper prints no prompt for these baselines; ours follow its style: the question in the official form, the
         answer in the official tags. The prompt ends with the first tag, and an end of sequence closes an answer, too.
   [D16] Search-o1: the call that reads the passages sees them and the query, not the thoughts so far.

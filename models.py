@@ -43,7 +43,7 @@ from searchr1 import Critic
 # `python train.py --preset NAME --algo ALGO` runs with.
 
 # The paper's recipe [the official v0.2 scripts, the paper's appendix], with a batch for one card and one update a step:
-# with ten updates on 2560 rollouts the official GRPO collapses. The warm-ups are 0.285 and 0.015 of the steps.
+# the official GRPO, with ten updates on 2560 rollouts, collapses (why is open). Warm-ups: 0.285, 0.015 of the steps.
 REAL = {
     "steps": 300, "batch_size": 16, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6,
     "critic_lr": 1e-5, "warmup_steps": 86, "critic_lr_warmup_steps": 5, "critic_warmup_steps": 0, "cooldown": 0,

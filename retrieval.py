@@ -164,7 +164,7 @@ def unpacked(path):
         return plain
     try:
         with gzip.open(path, "rb") as source, written_whole(plain, "wb") as target:
-            if source.peek(512)[257:262] == b"ustar":  # PITFALL: the official wiki-18.jsonl.gz is a tar archive
+            if source.peek(512)[257:262] == b"ustar":  # PITFALL: the official wiki-18.jsonl.gz is said to be a tar
                 archive = tarfile.open(fileobj=source, mode="r|")
                 source = next((archive.extractfile(member) for member in archive if member.isfile()), source)
             shutil.copyfileobj(source, target, 2**20)

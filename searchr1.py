@@ -17,20 +17,23 @@ Shapes are suffixes: B rollouts, Q questions, G rollouts a question (B = Q*G), L
 positions, V vocabulary, D hidden. L turns into T only in section 5. The paper's budget of turns is `max_turns`.
 
 Departures from the paper (P) and the official code (C), tagged where they happen; train, models and eval list others:
-  [D1] C  The tokens that were sampled are the tokens that are trained. The official code decodes each turn, cuts the
-          text at the tag and encodes it again, so it can train on other tokens than it sampled.
+  [D1] C  The tokens that were sampled are the tokens that are trained; a turn ends with the one that completes a tag.
+          The official code goes on, decodes the turn, cuts the text at the first `</search>`, else `</answer>`, and
+          encodes it again, so it can train on other tokens than it sampled.
   [D2] C  One response mask, made together with the token, for loss, KL, GAE, whitening and critic. The official code
           uses four masks: retrieved tokens count in GAE, in the statistics of whitening and in the value loss.
   [D3] C  The reward reads only what the policy wrote. The official extractor also reads the prompt, whose example
           answer is Beijing: a rollout without an answer is paid whenever the right answer is Beijing.
   [D4] C  An end-of-sequence token that was sampled stays, as a trained token. The official code strips it.
   [D5] C  When the length budget is spent, the episode ends. The official code drops the beginning of the prompt.
-  [D6] C  Passages are cut to their budget, the closing tag never. The official code cuts the whole block.
-  [D7] P,C The loss is the mean over all tokens of the minibatch. Eq. 3 averages within each rollout first, which gives
-          a token of a short rollout more weight; the official code averages within each micro-batch first.
+  [D6] C  Passages are cut to their budget, the closing tag never, and special tokens spelled in them stay text. The
+          official code cuts the whole block, and they become special.
+  [D7] P,C The loss is the mean over all tokens of the minibatch. Eq. 2 and Eq. 3 average within each rollout first,
+          so a token of a short rollout weighs more; the official code averages within each micro-batch first.
   [D8] C  An answer that normalises to nothing ("The", "...") earns nothing, even if a gold answer is just as empty.
   [D13] C Without a chat template (Llama 3.2 base) the prompt begins with the tokenizer's start-of-sequence token, which
           the model has always seen first. The official code leaves it out.
+  [D18] P As in the official code, one turn that cannot search follows when Algorithm 1 ends, at the budget.
 
     python searchr1.py --demo      a scripted policy, two passages, and the mask made visible (two seconds)
 """
@@ -60,7 +63,7 @@ class Question:
     hops: int = 0  # searches that an honest answer takes; 0: not known
     path: tuple = ()  # in the tiny world: entity, relation of the first hop, relation of the second hop
 
-# The official text to the letter, "as your want" included: trained checkpoints know it this way.
+# PAPER vs CODE: the code's text to the letter, "as your want" included; Table 1 says "as you want".
 TEMPLATE = ("Answer the given question. You must conduct reasoning inside <think> and </think> first every time you "
             "get new information. After reasoning, if you find you lack some knowledge, you can call a search engine "
             "by <search> query </search> and it will return the top searched results between <information> and "
@@ -79,8 +82,8 @@ PROMPTS = {"official": None, "short": "Search, read, then answer. Question: {que
 
 def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts):
     """question str -> prompt str: the official template, as one user message if the tokenizer has a chat template. Base
-    models go through the chat template, too, as in the official code; without it a 3B base model loses about eight
-    points of EM. template: another text with {question} and fields that `parts` fills (the baselines in eval.py)."""
+    models go through the chat template, too, as in the official code; a replication without it stayed some eight
+    points of EM below the paper. template: another text, with {question} and fields that `parts` fills (eval.py)."""
     question = question.strip().removesuffix("?") + "?"
     content = (template or (TEMPLATE if do_search else NO_SEARCH_TEMPLATE)).format(question=question, **parts)
     if getattr(tokenizer, "chat_template", None):
@@ -98,7 +101,7 @@ STOP_TAGS = ("</search>", "</answer>")
 
 def parse_action(text):
     """The text of one turn -> Action. The first complete tag pair wins; without one the turn is invalid. An empty
-    `<search></search>` is a search for "", as in the official code."""
+    `<search></search>` counts as a search, as in the official code; ours finds nothing."""
     match = ACTION.search(text)
     return Action(match.group(1), match.group(2).strip()) if match else Action("invalid", "")
 
@@ -133,10 +136,10 @@ INVALID_MESSAGES = {"paper": RETHINK, "official": INVALID_ACTION}
 
 @dataclass(frozen=True)
 class Settings:
-    """How a conversation runs; the defaults are the paper's. Saved with every checkpoint, because a policy trained with
-    three passages and fourteen tokens a turn behaves differently with five passages and forty tokens."""
+    """How a conversation runs; the defaults are the official code's. Saved with every checkpoint, because a policy that
+    was trained with three passages and fourteen tokens a turn behaves differently with five and forty."""
 
-    max_turns: int = 4  # turns that may search, the paper's budget; then one more that cannot, as in the official code
+    max_turns: int = 4  # turns that may search, the paper's budget; then one more that cannot [D18]
     max_new_tokens: int = 500  # tokens of a turn
     max_obs_length: int = 500  # tokens of what answers a turn: passages, or the message after an invalid one
     max_length: int = 4096  # tokens of prompt and conversation together
@@ -177,7 +180,7 @@ def converse(r, tokenizer, settings, ends=None):
     drive it. ends: ids that end a sequence; None: the tokenizer's."""
     ends = ends or {tokenizer.eos_token_id}
     max_turns = settings.max_turns if settings.do_search else 0
-    for b in range(max_turns + 1):  # l. 1, l. 2, l. 10; and one more turn, which cannot search
+    for b in range(max_turns + 1):  # l. 1, l. 2, l. 10; and one more turn [D18]
         start = len(r.ids)  # l. 3
         limit = min(start + settings.max_new_tokens, settings.max_length)
         while True:  # l. 4

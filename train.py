@@ -7,8 +7,8 @@ last line ends "as expected." With --model, --train-data and --corpus the same l
     5 advantages [Eq. 2: GAE, Eq. 3: group]    6 update [Eq. 2, Eq. 3]    7 log    8 evaluate and save
 
 PPO and GRPO differ in phase 5, and in where the KL penalty goes: k1 in the reward (PPO), k3 in the loss (GRPO). The
-paper's tuned baselines use the same phases: --algo sft takes gold answers for rollouts, --algo rejection the base
-model's right ones, and both imitate them; R1 is --no-search. Shapes are those of searchr1.py.
+paper's tuned baselines use the same phases: --algo sft takes gold answers for rollouts, --algo rejection the
+untrained model's right ones, and both imitate them; R1 is --no-search. Shapes are those of searchr1.py.
 
 Departures, besides those of searchr1.py and models.py (P: from the paper, C: from the official code):
   [D9]  C  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 2e-5 (tested), and a forward
@@ -19,9 +19,10 @@ Departures, besides those of searchr1.py and models.py (P: from the paper, C: fr
   [D11] C  The learning rate warms up from lr/warmup_steps, not from 0, which would waste the first step. In the tiny
            world a run ends with a cooldown, in which the rate falls to a tenth. It begins when nearly all answers are
            right, since some seeds need twice as many steps as others (LOG.md, 33).
-  [D12] C  No entropy bonus unless asked for; the official default is 0.001.
-  [D17] P  Rejection sampling draws the five samples of a question in the step that trains on them, always from the
-           frozen base model. The paper draws all of them beforehand; in one pass over the questions that is the same.
+  [D12] C  No entropy bonus unless asked for; the official default is 0.001. And no top-p, as in the paper; the official
+           GRPO scripts leave it at 0.95, so that they train on other probabilities than they sample from.
+  [D17] P  Rejection sampling draws the samples of a question (the paper: five) in the step that trains on them, always
+           from the frozen --model. The paper draws all of them beforehand, from the instruct model.
 """
 
 import argparse
@@ -90,13 +91,13 @@ class Config:
     until_learned: bool = flag(True, "end early: the cooldown begins when 95% / 85% are right at one hop / two hops")
     batch_size: int = flag(48, "questions a step, Q; the paper: 512")
     group_size: int = flag(5, "rollouts a question, G; the paper: 5 (GRPO), 1 (PPO)")
-    minibatches: int = flag(4, "optimiser updates a step; the paper: 2 (PPO), 10 (GRPO)")
+    minibatches: int = flag(4, "optimiser updates a step; official code: 2 (PPO), 10 (GRPO)")
     micro_batch_tokens: int = flag(4096, "tokens of a forward and backward pass; bounds memory, keeps the result")
     lr: float = flag(5e-4, "learning rate of the policy; the paper: 1e-6")
     critic_lr: float = flag(1e-3, "learning rate of the critic; the paper: 1e-5")
     warmup_steps: int = flag(5, "linear warm-up of the learning rate, in RL steps; the paper: 0.285 of all")
     critic_lr_warmup_steps: int = flag(5, "the same for the critic; the paper: 0.015 of all")
-    critic_warmup_steps: int = flag(3, "first steps in which only the critic learns (PPO)")
+    critic_warmup_steps: int = flag(3, "first steps in which only the critic learns (PPO); official code: 0")
     cooldown: int = flag(25, "last steps (at most half the run) in which the learning rate falls to a tenth")
     adam_beta2: float = flag(0.95, "decay of Adam's mean square; official code: 0.999")
     weight_decay: float = flag(0.0, "pulls the weights towards 0, away from the reference; official code: 0.01")
@@ -111,7 +112,7 @@ class Config:
     kl: str = flag("k3", "KL in the loss: k3, as in the official code, or exact, over the whole vocabulary")
     entropy_coef: float = flag(0.0, "weight of an entropy bonus; official code: 0.001")  # [D12]
     reward: str = flag("em", "em [Eq. 4], f1, em+f1 (their mean), or format (the second paper's shaped reward)")
-    prompt: str = flag("official", "official (Table 1), or short, for models too small to use its instructions")
+    prompt: str = flag("official", "official (as Table 1), or short, for models too small to use its instructions")
     temperature: float = flag(1.0, "of sampling; the paper: 1.0")
     max_turns: int = flag(3, "turns that may search, the paper's budget (4); then one more that cannot")
     max_new_tokens: int = flag(14, "tokens a turn; the paper: 500")

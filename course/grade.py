@@ -11,6 +11,7 @@ starter itself there is no solution: there a test may wait for another exercise,
 """
 
 import ast
+import functools
 import json
 import math
 import os
@@ -99,11 +100,17 @@ def run_tests(folder, tests, seconds, ours={}):
     return verdicts
 
 
+@functools.cache
+def docstrings(file):
+    """Name of a file of tests -> {test: its docstring}."""
+    tree = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
+    return {node.name: ast.get_docstring(node) or "" for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 def claim_of(test):
     """"file::test" -> what its docstring claims, in one line."""
     file, _, name = test.partition("::")
-    text = ast.get_docstring(find(ast.parse((ROOT / "tests" / file).read_text("utf-8")), name)) or ""
-    return " ".join(text.partition("Fails if")[0].removeprefix("Claim:").split())
+    return " ".join(docstrings(file)[name].partition("Fails if")[0].removeprefix("Claim:").split())
 
 
 def grade(folder, numbers, seconds):

@@ -219,7 +219,7 @@ for each a test in `tests/test_hunt.py` that is red before and green after.
 
 - Read `searchr1.py`, `train.py` to the end of section 4, `engine.py`, `models.py` and `retrieval.py`. The others are
   whole.
-- What is tagged [D1] to [D17] departs from the paper on purpose; the list stands at the head of the files.
+- What is tagged [D1] to [D18] departs from the paper on purpose; the list stands at the head of the files.
 - The tests were taken away on purpose, and so were the comments right above the three lines. `tests/conftest.py` is
   still there: small models, batches, scripted conversations.
 - Ask yourself of each mistake what a run would look like, and which metric would show it first.

@@ -4,7 +4,7 @@
     python -m course.paper_map "Eq. 3" D2      these
 
 Tags are written in brackets, or in the title of a section in parentheses: equations, sections and tables of the paper,
-Algorithm 1 and the lines of it (`l. 4`), and departures D1 to D17. Tags of other papers bring a name along.
+Algorithm 1 and the lines of it (`l. 4`), and departures D1 to D18. Tags of other papers bring a name along.
 """
 
 import ast
@@ -16,7 +16,7 @@ from data import Mistake, Parser, run_main
 FILES = ("searchr1.py", "train.py", "engine.py", "models.py", "kernels.py", "data.py", "eval.py", "retrieval.py")
 KNOWN = [f"Eq. {n}" for n in range(1, 5)] + ["Sec. 3.1", "Sec. 3.2", "Sec. 3.4", "Sec. 4"]
 KNOWN += [f"Table {n}" for n in (1, 4)] + ["Algorithm 1"] + [f"Alg. 1 l. {n}" for n in range(1, 12)]
-KNOWN += [f"D{n}" for n in range(1, 18)]
+KNOWN += [f"D{n}" for n in range(1, 19)]
 GROUP = re.compile(r"\[([^][\n]*)\]|^# -----.*\((.*)\) -----$", re.MULTILINE)
 TAG = re.compile(r"Eq\.|Sec\.|Table|Alg|D\d")  # a tag of another paper begins with its name: "PPO Eq. 7"
 DEFINITION = re.compile(r"^(?:  |Departure: )(?=\[D\d+\] )", re.MULTILINE)  # in the list at the top of a file
