@@ -398,7 +398,7 @@ def load_questions(path):
             questions.append(Question(whole_characters(id), text, tuple(map(whole_characters, gold)), hops))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             needed = '"question" (a string) and "golden_answers" (a list of strings, at least one)'
-            raise Mistake(f"{path} line {number}: a question needs {needed}; {error!r}") from None
+            raise Mistake(f"{path} line {number}: a question needs {needed}; {error!r:.99}") from None
     if not questions:
         raise Mistake(f"{path}: no questions in this file")
     return questions
@@ -442,7 +442,7 @@ def contexts_corpus(files, folder):
                 try:
                     found = [whole_characters(contents) for contents in paragraphs(json.loads(line))]
                 except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-                    raise Mistake(f"{file} line {number}: paragraphs in an unknown form ({error!r})") from None
+                    raise Mistake(f"{file} line {number}: paragraphs in an unknown form ({error!r:.99})") from None
                 bare = bare and not found
                 for contents in found:
                     if hash(contents) not in seen:

@@ -212,9 +212,10 @@ def search_o1(r, tokenizer, settings, ends):
         given = yield wish
         if wish is not None:  # it was a query, and these are its passages
             raw.append(given)
-            prompt = reading_ids(wish, tokenizer, NOTES, "<answer>", given, settings)
-            notes.append((yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)))
-            note = notes[-1].answer.removesuffix(".")
+            prompt, note = reading_ids(wish, tokenizer, NOTES, "<answer>", given, settings), ""
+            if len(prompt) < settings.max_length:  # else the query alone leaves no room for notes
+                notes.append((yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)))
+                note = notes[-1].answer.removesuffix(".")
             given = [Passage(str(len(raw)), "Notes", f"{wish}: {note}." if note else NO_NOTES)]
     r.found = [passages and raw.pop(0) for passages in r.found]
     join(r, notes)

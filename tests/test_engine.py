@@ -262,19 +262,19 @@ def test_a_draw_finds_its_token_among_150000():
 
 def test_closing_ids_are_the_pieces_that_can_complete_a_tag():
     """Claim: the ids after which text is decoded are those of pieces that can complete a stop tag after some other
-    text, in one piece or many, with overhang or without, and of no other piece.
-    Fails if: closing_ids tests `piece == ">"`, or `tag.endswith(head)` is dropped, or takes every piece with a ">".
+    text, in one piece or many, as a byte, with overhang or without, and of no other piece.
+    Fails if: closing_ids does not know the byte `<0x3E>`, tests `piece == ">"`, or `tag.endswith(head)` is dropped, or takes every piece with a ">".
     """
 
     class Pieces(tuple):
         def convert_ids_to_tokens(self, ids):
             return [self[i] for i in ids]
 
-    closing = [">", ">\n\n", "></", "r>", "ch>.", "/search>", "</answer>", " </search>", "x</answer>y"]
+    closing = [">", ">\n\n", "<0x3E>", "></", "r>", "ch>.", "/search>", "</answer>", " </search>", "x</answer>y"]
     others = ["<", "</", "search", "answer", "<search>", "think>", "</think>", "<b>answer></", "a>", "", None]
     pieces = Pieces(closing + others)
     assert engine.closing_ids(pieces, ("</search>", "</answer>")) == set(range(len(closing)))
-    assert engine.closing_ids(pieces, ("</think>",)) == {0, 1, 2, pieces.index("think>"), pieces.index("</think>")}
+    assert engine.closing_ids(pieces, ("</think>",)) == {0, 1, 2, 3, *map(pieces.index, ("think>", "</think>"))}
 
 
 def test_a_chat_models_second_end_of_sequence_ends_it_too():

@@ -358,6 +358,18 @@ def test_search_o1_puts_notes_in_the_place_of_passages(short):
     assert {name: metrics[name] for name in want} == want
 
 
+def test_a_query_that_leaves_no_room_for_notes_gets_none(short, monkeypatch):
+    """Claim: a query that fits the conversation and not the prompt for notes does not end an evaluation: that search has
+    no notes, and the conversation goes on.
+    Fails if: `if len(prompt) < settings.max_length:` -> `if True:`.
+    """
+    monkeypatch.setattr(evaluation, "NOTES", 150 * "n" + " {question} [{context}]\n")
+    turns = ["<search>" + 60 * "q" + "</search>", "<answer>a</answer>"]
+    reply = lambda prompt: turns[prompt.count("</information>") :]
+    _, (r,), calls = answered("search-o1", reply, {"q?": "a"}, max_new_tokens=80, max_length=200)
+    assert calls == [[60 * "q"]] and r.answer == "a" and evaluation.NO_NOTES in searchr1.ByteTokenizer().decode(r.ids)
+
+
 @pytest.mark.paper
 def test_r1_has_its_own_prompt_and_no_search(monkeypatch):
     """Claim: the method r1 asks with the official text without search, whatever prompt searches, and a search that it

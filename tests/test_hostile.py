@@ -189,12 +189,13 @@ HALF_ANSWER = b'{"result": [[{"document": {"id": "\\ud800", "contents": "\\udfff
 @example(lines=[HALF_QUESTION], contents=[DEEP])
 @example(lines=[HALF_QUESTION.replace(b"1e999", b"1")], contents=[b"\xff"])
 @example(lines=[DEEP], contents=[b'{"id": "\\ud800", "contents": "\\ud83d\\n\\ud83d"}'])
+@example(lines=[b'{"id": "' + 999 * b"\xe9" + b'"}'], contents=[b'{"id": "' + 999 * b"\xe9" + b'"}'])
 @given(lines=records("id", "question", "golden_answers", "metadata"), contents=records("id", "contents"))
 def test_a_hostile_file_is_read_or_refused_in_one_line(tmp_path_factory, lines, contents):
     """Claim: any bytes in a file of questions or passages give records whose texts can be encoded and printed, or one
-    line that names the file.
+    line of a readable length that names the file.
     Fails if: load_questions or split_contents leaves out whole_characters, or load_questions or parse_passage lets a
-    RecursionError through.
+    RecursionError through, or load_questions quotes an error at any length (`{error!r:.99}` -> `{error!r}`).
     """
     folder = tmp_path_factory.getbasetemp()
     for name, rows, load in (("q.jsonl", lines, load_questions), ("p.jsonl", contents, load_passages)):
@@ -202,7 +203,7 @@ def test_a_hostile_file_is_read_or_refused_in_one_line(tmp_path_factory, lines, 
         try:
             loaded = list(load(folder / name))
         except (Mistake, ValueError) as error:
-            assert name in str(error) and "\n" not in str(error)
+            assert name in str(error) and "\n" not in str(error) and len(str(error)) < 500 + len(str(folder))
         else:
             for record in loaded:
                 own = record.gold_answers if load is load_questions else (record.title,)

@@ -464,6 +464,16 @@ def test_bm25_is_the_formula():
             np.testing.assert_allclose(scores[0, : len(want)], [s for s, _ in want[:k]], rtol=1e-5)
 
 
+def test_of_passages_that_tie_bm25_takes_the_first():
+    """Claim: of equal scores the first rows of the file are found, whatever k, on every machine.
+    Fails if: `np.flatnonzero((score_N >= least) & (score_N > 0))` -> `np.argpartition(-score_N, k - 1)[:k]`.
+    """
+    ranker = BM25([Passage(str(i), "", "x y" if i % 3 else "x z") for i in range(100)])
+    for word, want in (("y", [i for i in range(100) if i % 3]), ("z", range(0, 100, 3)), ("x", range(100))):
+        for k in (1, 2, 3, 10, 30):
+            assert ranker.rank([word], k)[1].tolist() == [list(want)[:k]]
+
+
 def test_the_reranker_reads_each_query_with_its_own_candidates(tmp_path):
     """Claim: the order is that of the cross-encoder's scores of the pairs, among the candidates of the first ranker and
     no others. A query without candidates finds nothing.
