@@ -3,7 +3,7 @@
 The losses ask for log pi(a) [Eq. 2, Eq. 3] and the KL to the reference [Eq. 1, Eq. 3] at each response token, the log
 also for the entropy. All are functions of one row of logits x_1..x_V. With a real model these rows fill the memory, not
 the weights: one fp32 copy of 8192 rows over Qwen's vocabulary takes 8192 * 151936 * 4 bytes = 4.6 GiB, and the usual
-expression (`log_softmax`, `gather`, autograd) holds three at its peak. More than half of them are masked out anyway.
+expression (`log_softmax`, `gather`, autograd) holds three at its peak. More than half of the rows are masked anyway.
 
 This file (1) drops masked rows BEFORE it multiplies by the lm_head, (2) walks over the vocabulary in slices and keeps
 running statistics of each row, so that no [N, V] tensor ever exists, and (3) computes the gradient from a closed

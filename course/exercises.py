@@ -121,7 +121,7 @@ EXERCISES = [
         (R + "test_bm25_is_the_formula",),
         ("Word w owns a slice of two arrays: in which passages it stands, and what it weighs there.",
          "Add up one score a passage; a word that the query repeats counts as often.",
-         "np.argpartition finds the k best. Order them by score, then by row; drop those with a score of 0."),
+         "np.partition gives the k-th best score. Order what reaches it by score, then by row; drop scores of 0."),
     ),
     Exercise(
         ("kernels.gradient_twin", "kernels.gradient_kernel"), 60, 10, "kernels.py, section 1",
@@ -143,7 +143,7 @@ EXERCISES = [
          "Kernel: the same over BLOCKs within the slice, and once more, at its end, for the state of earlier slices."),
     ),
     Exercise(
-        ("searchr1.converse",), 90, 16, "Algorithm 1; departures [D1], [D5], [D6]",
+        ("searchr1.converse",), 90, 16, "Algorithm 1; departures [D1], [D5], [D6], [D18]",
         tuple(S + name for name in (
             "test_a_conversation_runs_as_algorithm_1_says", "test_a_turn_stops_at_its_first_closing_tag",
             "test_sampled_ids_are_the_trained_ids_however_a_tag_is_split",

@@ -438,8 +438,8 @@ def test_every_kind_of_index_finds_the_same_and_is_as_large_as_predicted(tmp_pat
 def test_bm25_is_the_formula():
     """Claim: scores are those of the formula, computed word by word for each passage, and rows come in the order of the
     scores, the best ones if fewer are asked for. A passage without a word of the query is not found.
-    Fails if: the lists are not sorted by word, idf loses its `1 +`, a score of 0 is returned, or the k worst are
-    (`-score_N, min(k` -> `score_N, min(k`).
+    Fails if: the lists are not sorted by word, idf loses its `1 +`, a score of 0 is returned, or the worst come
+    first (`(best, -score_N[best])` -> `(best, score_N[best])`).
     """
     contents = [("", "a b b c"), ("a", "c c c c c d"), ("", "b d e f"), ("z", "y")]
     passages = [Passage(str(i), title, text) for i, (title, text) in enumerate(contents)]
