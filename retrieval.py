@@ -362,7 +362,7 @@ class BM25:
                     w = self.vocabulary[word]
                     here = slice(self.starts[w], self.starts[w + 1])
                     score_N[self.rows[here]] += count * self.weights[here]
-            # PITFALL: of rows that tie at place k, argpartition takes any, and others on another CPU; we take the first.
+            # PITFALL: of rows that tie at place k, argpartition takes any, others on another CPU; we take the first.
             least = -np.partition(-score_N, min(k, self.n) - 1)[min(k, self.n) - 1]
             best = np.flatnonzero((score_N >= least) & (score_N > 0))
             best = best[np.lexsort((best, -score_N[best]))][:k]

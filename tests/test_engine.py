@@ -263,7 +263,8 @@ def test_a_draw_finds_its_token_among_150000():
 def test_closing_ids_are_the_pieces_that_can_complete_a_tag():
     """Claim: the ids after which text is decoded are those of pieces that can complete a stop tag after some other
     text, in one piece or many, as a byte, with overhang or without, and of no other piece.
-    Fails if: closing_ids does not know the byte `<0x3E>`, tests `piece == ">"`, or `tag.endswith(head)` is dropped, or takes every piece with a ">".
+    Fails if: closing_ids does not know the byte `<0x3E>`, tests `piece == ">"`, drops `tag.endswith(head)`, or takes
+    every piece with a ">".
     """
 
     class Pieces(tuple):

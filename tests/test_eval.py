@@ -367,7 +367,8 @@ def test_a_query_that_leaves_no_room_for_notes_gets_none(short, monkeypatch):
     turns = ["<search>" + 60 * "q" + "</search>", "<answer>a</answer>"]
     reply = lambda prompt: turns[prompt.count("</information>") :]
     _, (r,), calls = answered("search-o1", reply, {"q?": "a"}, max_new_tokens=80, max_length=200)
-    assert calls == [[60 * "q"]] and r.answer == "a" and evaluation.NO_NOTES in searchr1.ByteTokenizer().decode(r.ids)
+    assert calls == [[60 * "q"]] and r.answer == "a"
+    assert evaluation.NO_NOTES in searchr1.ByteTokenizer().decode(r.ids)
 
 
 @pytest.mark.paper
