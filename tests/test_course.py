@@ -657,9 +657,10 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
     to the checkpoint, the model is the first one, and the method how it was trained (r1: without search), unless it was
     asked otherwise. A row a number of hops; rows of other models stay, rows of the same one are replaced.
     A table with other columns is refused, by course.points, too. --paired takes the same questions of two files: of
-    [1, 0, 1] and [0, 1, 1, 1] none is more right in the second, one is gained, one lost.
+    [0, 0, 1] and [0, 1, 1, 1] one is gained in the second, none lost.
     Fails if: origin leaves out `before`, counts the lines after the checkpoint, rows_of groups by method alone, one of
-    the two scripts does not look at `fieldnames`, or paired takes the means of all records of each file.
+    the two scripts does not look at `fieldnames`, or paired takes the means of all records of each file (or
+    `after[k] - before[k]` -> `before[k] - after[k]`).
     """
     monkeypatch.chdir(tmp_path)
     runs = {"a": ("models/Small-1B", "format", 3600.0), "b": ("a/checkpoint-2", "grpo", 1800.0)}
@@ -701,11 +702,11 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
     assert Path("t.csv").read_text().splitlines()[-1].startswith("Small-1B,rag after r1,1,1,")
     Path("bad.json").write_text("{")
     assert "bad.json was not written by eval.py --json" in refused(lambda: real.main(["t.csv", "bad.json"]), capsys)
-    answered("a.json", "a/checkpoint-3", [1.0, 0.0, 1.0])
+    answered("a.json", "a/checkpoint-3", [0.0, 0.0, 1.0])
     answered("b.json", "b/checkpoint-2", [0.0, 1.0, 1.0, 1.0])
     capsys.readouterr()
     real.main(["--paired", "a.json", "b.json"])
-    difference = "b.json - a.json: +0.000 (95 %: -1.000 to +1.000), 3 questions: 1 gained, 1 lost\n"
+    difference = "b.json - a.json: +0.333 (95 %: +0.000 to +1.000), 3 questions: 1 gained, 0 lost\n"
     assert capsys.readouterr().out == difference
     assert "bad.json was not written by" in refused(lambda: real.main(["--paired", "a.json", "bad.json"]), capsys)
     Path("other.csv").write_text("method,seed\ncot,0\n")

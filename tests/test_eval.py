@@ -359,7 +359,7 @@ def test_search_o1_puts_notes_in_the_place_of_passages(short):
 
 
 def test_a_query_that_leaves_no_room_for_notes_gets_none(short, monkeypatch):
-    """Claim: a query that fits the conversation and not the prompt for notes does not end an evaluation: that search has
+    """Claim: a query that fits the conversation and not the prompt for notes ends no evaluation: that search has
     no notes, and the conversation goes on.
     Fails if: `if len(prompt) < settings.max_length:` -> `if True:`.
     """
