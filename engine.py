@@ -257,8 +257,8 @@ def closing_ids(tokenizer, tags):
     """Ids of the tokens that can complete one of `tags`, whatever came before: text is decoded only after these.
     A tokenizer may spell `</search>` as one token, as `</`, `search`, `>`, or end it inside `>\\n\\n`. The piece that
     completes it, up to one of its `>`, is a suffix of the tag or ends with the whole tag."""
-    pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
-    pieces = [">" if piece == "<0x3E>" else piece for piece in pieces]  # Gemma has a token for each byte
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    pieces = [">" if piece == "<0x3E>" else piece or "" for piece in pieces]  # Gemma has a token for each byte
     heads = lambda piece: [piece[: at + 1] for at, character in enumerate(piece) if character == ">"]
     closes = lambda piece: any(tag.endswith(head) or head.endswith(tag) for head in heads(piece) for tag in tags)
     return {i for i, piece in enumerate(pieces) if closes(piece)}

@@ -8,7 +8,7 @@ last line ends "as expected." With --model, --train-data and --corpus the same l
 
 PPO and GRPO differ in phase 5, and in where the KL penalty goes: k1 in the reward (PPO), k3 in the loss (GRPO). The
 paper's tuned baselines use the same phases: --algo sft takes gold answers for rollouts, --algo rejection the
-untrained model's right ones, and both imitate them; R1 is --no-search. Shapes are those of searchr1.py.
+starting model's right ones, and both imitate them; R1 is --no-search. Shapes are those of searchr1.py.
 
 Departures, besides those of searchr1.py and models.py (P: from the paper, C: from the official code):
   [D9]  C  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 2e-5 (tested), and a forward

@@ -140,7 +140,7 @@ def spread(values):
 STUDIES = {
     # Table 4: without the mask training is less stable and ends lower.
     "mask": {"with the mask": {}, "without": {"no_mask": True}},
-    # Sec. 5: GRPO is faster at first, PPO is more stable, both end alike. Table 8: so does REINFORCE, and best.
+    # Sec. 5: GRPO is faster at first, PPO is more stable, both end alike. Table 8: groups of one (REINFORCE) end best.
     "algo": {"PPO": {"algo": "ppo"}, "GRPO": {}, "REINFORCE": {"algo": "reinforce"}},
     # Sec. 5: the instruct model starts higher and learns faster, the base model catches up.
     "base-instruct": {f"{n} steps of format": {"format_steps": n} for n in (80, 160, 480)},
