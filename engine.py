@@ -169,9 +169,10 @@ def replayed(slots, shape, block, ids_n1):
     return replay()[: len(ids_n1)]
 
 def checked(policy, slots, shape, inputs, run, block, ids_n1):
-    """Capture a step and compare its first replay with the plain step -> hidden states of the plain one. If they
-    differ by more than rounding, or if the capture fails, a line says so and these slots go on without graphs. The
-    replay comes first: after the plain step the new keys would be in place, whether the graph writes them or not."""
+    """Capture a step and compare its first replay with the plain step -> hidden states. If they differ by more than
+    rounding, or if the capture fails, a line says so and these slots go on without graphs. The replay comes first:
+    after the plain step the new keys would be in place, whether the graph writes them or not. What a good graph gives
+    is returned, so that a token's rounding does not depend on whether its shape is new: a resumed run captures anew."""
     try:
         slots.steps[shape] = inputs, captured(run, slots)
         found, wrong = replayed(slots, shape, block, ids_n1).clone(), None
@@ -186,7 +187,7 @@ def checked(policy, slots, shape, inputs, run, block, ids_n1):
         tqdm.write(f"CUDA graphs are off from here, which is slower and changes nothing else: {wrong}")
         slots.graphs = False
         slots.steps.clear()
-    return wanted
+    return wanted if wrong else replayed(slots, shape, block, ids_n1)
 
 def captured(run, slots):
     """run() -> tensor, as a function that replays it: a CUDA graph, or on a CPU run itself."""

@@ -269,7 +269,8 @@ def main(argv=None):
         print(f"claims: {part('-m', 'pytest', '-q', *claims)}\n", flush=True)
         kernels = [sys.executable, "tests/bench_kernels.py"]
         done = subprocess.run(kernels, cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout if done.returncode == 0 else part(*kernels[1:]))
+        print(done.stdout if done.returncode == 0 else f"FAILED: {done.stderr}")
+        failed.extend([kernels] * (done.returncode != 0))
     sizes = [f"--{name}={getattr(args, name)}" for name in ("cap", "rows", "length", "decode")]
     tables = [(DECODING, ["decode"] * bool(args.rows)), (STEPS, args.algos)]
     for head, parts in tables:

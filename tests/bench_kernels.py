@@ -293,6 +293,8 @@ def table(rows, arguments, device, repeats):
         reason = "" if importlib.util.find_spec(package) else f"{package} is not installed"
         if title == "ours, Triton" and not reason and (device == "cpu" or kernels.interpreted()):
             reason = "needs a GPU"
+        if title == "torch linear_cross_entropy" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            reason = "needs a newer torch"
         if not reason:
             try:
                 forward, both, memory, error, error_gradient = measure(logprob, arguments, device, repeats, truth)

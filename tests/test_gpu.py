@@ -101,6 +101,17 @@ def test_rollouts_over_graphs_are_the_plain_ones(graphs, tokenizer, slots):
     assert slots.graphs and slots.steps and len({width for _, width in slots.steps}) > 1
 
 
+def test_a_shape_that_is_new_gives_what_its_graph_gives(graphs, tokenizer):
+    """Claim: the first token of a graph's shape, at which it is captured, has the very log-prob that a replay gives.
+    Otherwise a resumed run, which captures at other tokens, would not be the uninterrupted run, bit for bit.
+    Fails if: checked returns the plain step (`wanted if wrong else replayed(...)` -> `wanted`).
+    """
+    policy, make = graphs
+    slots = make(policy, 12)
+    new, again = (sampled(policy, tokenizer, 0.0, slots=slots, max_new_tokens=30) for _ in range(2))
+    assert slots.steps and [r.logprobs for r in new] == [r.logprobs for r in again]
+
+
 @pytest.mark.parametrize("method", ["cot", "ircot", "search-o1", "search-r1"])
 def test_each_method_over_graphs_is_the_plain_one(graphs, tokenizer, method):
     """Claim: CoT, IRCoT and Search-o1, whose calls begin on prompts of their own in the same slots, and Search-R1.

@@ -993,7 +993,7 @@ def test_resuming_changes_nothing_but_the_number_of_steps(small_base):
     Fails if: resumed_config ignores what else was given, restore does not write the config, restore or tidy takes
     "checkpoint-*" for a step, or restore takes `fused` from the file.
     """
-    run = SMALL + ["--output-dir", "run"]
+    run = SMALL + ["--device", "cpu", "--output-dir", "run"]
     train.main(run)
     for flags, message in (
         (["--resume", "run", "--lr", "1"], "with --lr 0.0005"),
