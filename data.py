@@ -507,10 +507,10 @@ def weights_dtype(wish, device):
 def step_of(checkpoint):
     return int(checkpoint.name.split("-")[1])
 
-def checkpoints(run):
-    """Folder of a run -> its checkpoints, the newest last. Copies of them under longer names do not count."""
-    found = Path(run).glob("checkpoint-*")
-    return sorted((c for c in found if c.name.removeprefix("checkpoint-").isdigit()), key=step_of)
+def checkpoints(run, file=""):
+    """Folder of a run -> its checkpoints that have `file`, the newest last. Copies under longer names do not count."""
+    found = [c for c in Path(run).glob("checkpoint-*") if c.name.removeprefix("checkpoint-").isdigit()]
+    return sorted((c for c in found if (c / file).exists()), key=step_of)
 
 def newest(path):
     """Folder of a run -> its newest checkpoint; whatever else names a model -> itself. For command lines: what a run or

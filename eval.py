@@ -48,7 +48,7 @@ def sub_exact_match(prediction, gold_answers):
     in the official code, a gold answer that normalises to nothing is part of everything."""
     return float(any(normalize_answer(gold) in normalize_answer(prediction) for gold in gold_answers))
 
-def scores_of(r, method="search-r1"):
+def scores_of(r, method):
     """What is measured of one Rollout that carries its Question: numbers and truth values by name."""
     gold_answers = r.question.gold_answers
     scores = {
@@ -80,9 +80,8 @@ def bootstrap_interval(values, samples=2000, seed=0):
     return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 # ----- 2. The methods of the paper's Table 2 (Sec. 4) -----
-# A method is a generator over an empty Rollout r that holds its question: method(r, tokenizer, settings, ends). Like
-# searchr1.converse it yields a str to search for, or None for the next token of r. It may also yield another Rollout,
-# to get that one's next token. In the end r records all calls of the model; prompts (ours [D15]) have mask False.
+# A method is a generator as engine.Talk takes it, over an empty Rollout r that holds its question: method(r, tokenizer,
+# settings, ends). In the end r records all calls of the model; prompts (ours [D15]) have mask False.
 
 THE_ANSWER = ("the answer and nothing else inside <answer> and </answer>, for example <answer> Beijing </answer>. "
               "Question: {question}")  # fmt: skip
@@ -108,17 +107,11 @@ def reading_ids(question, tokenizer, template, start="", passages=(), settings=S
     get as many tokens as a conversation shows after so many searches, or fewer, to leave room for an answer."""
     plain = not getattr(tokenizer, "chat_template", None)  # [D13]
     text = make_prompt(question, tokenizer, template=template, context=PASSAGES) + start
-    if "{context}" not in template:
-        return tokenizer(text, add_special_tokens=plain)["input_ids"]
-    head, _, tail = text.rpartition(PASSAGES)
+    head, _, tail = text.rpartition(PASSAGES)  # without passages all is tail
     head, tail = tokenizer(head, add_special_tokens=plain)["input_ids"], text_ids(tail, tokenizer)
     room = settings.max_length - settings.max_new_tokens - len(head) - len(tail)
     budget = max(0, min(searches * settings.max_obs_length, room))
     return head + observation_ids(tokenizer, format_passages(passages), budget) + tail
-
-def direct_ids(question, tokenizer):
-    """The prompt of direct inference, up to the first word of the answer; SFT trains on it."""
-    return reading_ids(question, tokenizer, DIRECT, "<answer>")
 
 def text_ids(text, tokenizer):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -162,8 +155,8 @@ def join(r, calls):
         r.turns += call.turns
 
 def direct(r, tokenizer, settings, ends):
-    """The answer at once, from what the weights know."""
-    yield from finish(r, [], direct_ids(r.question.text, tokenizer), tokenizer, settings, ends)
+    """The answer at once, from what the weights know. SFT trains on this prompt."""
+    yield from finish(r, [], reading_ids(r.question.text, tokenizer, DIRECT, "<answer>"), tokenizer, settings, ends)
 
 def cot(r, tokenizer, settings, ends):
     """[Wei et al. 2022] Chain of thought: thinking, until its budget ends it, then the answer."""
@@ -203,20 +196,17 @@ def search_o1(r, tokenizer, settings, ends):
     """[Li et al. 2025] Search-R1's conversation without its training, in which the model never reads a raw passage. A
     separate call reads what a query found and writes a note (the paper's Reason-in-Documents), which comes back as the
     only passage [D16]. `found` holds the raw passages; ids and turns of the notes follow those of the conversation."""
-    conversation, notes, raw, given = search_r1(r, tokenizer, settings, ends), [], [], None
-    while True:
-        try:
-            wish = conversation.send(given)
-        except StopIteration:
-            break
-        given = yield wish
-        if wish is not None:  # it was a query, and these are its passages
+    talk, notes, raw = engine.Talk(0, r, search_r1(r, tokenizer, settings, ends)), [], []
+    while not talk.done:
+        given = yield talk.query
+        if talk.query is not None:  # these are its passages
             raw.append(given)
-            prompt, note = reading_ids(wish, tokenizer, NOTES, "<answer>", given, settings), ""
+            prompt, note = reading_ids(talk.query, tokenizer, NOTES, "<answer>", given, settings), ""
             if len(prompt) < settings.max_length:  # else the query alone leaves no room for notes
                 notes.append((yield from complete(r, prompt, "</answer>", tokenizer, settings, ends)))
                 note = notes[-1].answer.removesuffix(".")
-            given = [Passage(str(len(raw)), "Notes", f"{wish}: {note}." if note else NO_NOTES)]
+            given = [Passage(str(len(raw)), "Notes", f"{talk.query}: {note}." if note else NO_NOTES)]
+        talk.advance(given)
     r.found = [passages and raw.pop(0) for passages in r.found]
     join(r, notes)
 
@@ -245,24 +235,21 @@ WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write i
 
 # ----- 3. A method over many questions -----
 
-def answer(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None,
-           bar=None):  # fmt: skip
+def answer(policy, tokenizer, questions, search, settings, method, temperature, generator, slots, bar):
     """Answer each question by a method of METHODS, all at once -> list of Rollouts in the order of the questions.
     temperature, generator, slots: engine.run. bar: of tqdm, moves whenever a question is answered."""
     ends, rollouts = engine.end_ids(policy, tokenizer), [Rollout(question, [], [], [], 0) for question in questions]
 
     def conversation(r):
         yield from METHODS[method](r, tokenizer, settings, ends)
-        if bar is not None:
-            bar.update()
+        bar.update()
 
     conversations = [(r, conversation(r)) for r in rollouts]
     find = lambda queries: search(queries, settings.top_k)
     engine.run(policy, conversations, find, settings.max_length, 1, temperature, generator, slots)
     return rollouts
 
-def evaluate(policy, tokenizer, questions, search, settings, method="search-r1", temperature=0.0, generator=None,
-             slots=None):  # fmt: skip
+def evaluate(policy, tokenizer, questions, search, settings, method, temperature=0.0, generator=None, slots=None):
     """Answer every Question once -> (metrics as in mean_scores, Rollouts in the order of the questions)."""
     with tqdm(total=len(questions), desc="evaluation", leave=False, delay=5) as bar:  # shown after 5 s
         rollouts = answer(policy, tokenizer, questions, search, settings, method, temperature, generator, slots, bar)
@@ -306,9 +293,9 @@ def make_record(r, tokenizer, method, name, position):
     }  # fmt: skip
 
 def compare(args, methods, sets, settings, about, load):
-    """The comparison that the command line asks for: every method on every set -> metrics and intervals, as in summary.
-    With --json each batch of records is added to FILE.part, and a comparison that was killed asks only what has no
-    record there. For that load() gives policy, tokenizer, search. At the end FILE has it all, FILE.part goes."""
+    """The comparison that the command line asks for: every method on every set -> (metrics, intervals of em and f1),
+    both {method: {set: {name: value}}}. With --json each batch of records is added to FILE.part, and a comparison that
+    was killed asks only what has no record there. load() -> policy, tokenizer, search. At the end FILE has it all."""
     config = {
         "checkpoint": args.checkpoint, "methods": methods, "data": list(sets), "limit": args.limit,
         "temperature": args.temperature, "dtype": args.dtype, "settings": asdict(settings), "trained": about,
@@ -321,33 +308,26 @@ def compare(args, methods, sets, settings, about, load):
     if todo := [batch for batch in batches if batch not in done]:  # known by its first question
         policy, tokenizer, search = load()
         slots = engine.Slots(policy, engine.slots_for(policy, KEPT, settings.max_length), settings.max_length)
-        generator = torch.Generator(policy.get_output_embeddings().weight.device)
-    bar = tqdm(initial=len(records), total=len(methods) * sum(map(len, sets.values())), unit=" questions")
-    for method, name, at in todo:
-        generator.manual_seed(at)  # a comparison that goes on draws what it would have drawn
-        asked, how = sets[name][at : at + KEPT], (settings, method, args.temperature, generator, slots, bar)
-        rollouts = answer(policy, tokenizer, asked, search, *how)
-        batch = [make_record(r, tokenizer, method, name, at + i) for i, r in enumerate(rollouts)]
-        records += batch
-        if args.json:
-            with open(part, "a") as lines:
-                lines.write(json.dumps({"config": config, "records": batch}) + "\n")
-    bar.close()
-    metrics, intervals = summary(records)
-    if args.json:
-        content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}
-        with written_whole(args.json) as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-        part.unlink(missing_ok=True)
-    return metrics, intervals
-
-def summary(records):
-    """Records -> (metrics, intervals of em and f1), both {method: {set: {name: value}}}."""
+    with tqdm(initial=len(records), total=len(methods) * sum(map(len, sets.values())), unit=" questions") as bar:
+        for method, name, at in todo:
+            generator = torch.Generator(policy.device).manual_seed(at)  # a comparison that goes on draws the same
+            asked, how = sets[name][at : at + KEPT], (settings, method, args.temperature, generator, slots, bar)
+            rollouts = answer(policy, tokenizer, asked, search, *how)
+            batch = [make_record(r, tokenizer, method, name, at + i) for i, r in enumerate(rollouts)]
+            records += batch
+            if args.json:
+                with open(part, "a") as lines:
+                    lines.write(json.dumps({"config": config, "records": batch}) + "\n")
     metrics, intervals = {}, {}
     for (method, name), of in itertools.groupby(records, lambda r: (r["method"], r["data"])):
         of = list(of)
         metrics.setdefault(method, {})[name] = mean_scores(of, [r["hops"] for r in of])
         intervals.setdefault(method, {})[name] = {k: list(bootstrap_interval([r[k] for r in of])) for k in ("em", "f1")}
+    if args.json:
+        content = {"metrics": metrics, "intervals": intervals, "config": config, "records": records}
+        with written_whole(args.json) as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+        part.unlink(missing_ok=True)
     return metrics, intervals
 
 def aligned(rows):
@@ -357,7 +337,7 @@ def aligned(rows):
     return "\n".join("  ".join(cells(row)).rstrip() for row in rows)
 
 def comparison_table(metrics, intervals):
-    """What summary() gives -> text. Of several sets the exact match, a row a method and a column a set with the plain
+    """What compare() gives -> text. Of several sets the exact match, a row a method and a column a set with the plain
     mean over sets. Then all metrics, a row a method and set, or of a single one a row a metric. "-": it has none."""
     sets = list(next(iter(metrics.values())))
     matrix = [["EM", *sets, "average"]]
@@ -448,8 +428,7 @@ def plot_runs(runs, path, curves=CURVES):
 
 # ----- 6. One conversation -----
 
-# An end of text that may still become a tag, or a character of which bytes are missing.
-UNSETTLED = re.compile(r"(<[a-z]{0,6}|\ufffd+)\Z")
+UNSETTLED = re.compile(r"(<[a-z]{0,6}|\ufffd+)\Z")  # an end that may become a tag, or lacks bytes of a character
 
 def live(tokenizer, colour):
     """-> show(rollout), which prints what is new in it: whenever it has grown, and once with over=True at the end.
@@ -528,7 +507,7 @@ def parse(argv):
         raise Mistake("give --checkpoint DIR (a folder that train.py wrote) or --plot RUN")
     if args.plot and not args.output.endswith(PICTURES):
         raise Mistake(f"--output {args.output}: a picture ends in {', '.join(PICTURES)}")
-    if min(args.temperature, args.limit, args.top_k) < 0:
+    if not min(args.temperature, args.limit, args.top_k) >= 0:  # NaN is not, either
         raise Mistake("--temperature, --limit and --top-k cannot be negative")
     if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):
         raise Mistake(f"cannot write {args.json}: it is a folder, or there is no folder for it that can be written to")
@@ -566,10 +545,9 @@ def main(argv=None):
     where = ", ".join(sets) or f"tiny world {about['world_seed']}, held out"
     sets = sets or {f"tiny world {about['world_seed']}": data.make_world(about["world_seed"]).test}
     sets = {name: fixed_sample(questions, args.limit) for name, questions in sets.items()}
-    metrics, intervals = compare(args, methods, sets, replace(settings, do_search=True), about, load)
+    table = comparison_table(*compare(args, methods, sets, replace(settings, do_search=True), about, load))
     greedy = "greedy" if args.temperature == 0 else f"temperature {args.temperature}"
-    print(f"{sum(map(len, sets.values()))} questions ({where}), {greedy}")
-    print(comparison_table(metrics, intervals))
+    print(f"{sum(map(len, sets.values()))} questions ({where}), {greedy}\n{table}")
 
 if __name__ == "__main__":
     run_main(main)

@@ -547,14 +547,11 @@ class ByteTokenizer:
 def play(r, talk, turns, search):
     """Drive a conversation by hand -> r. The policy "writes" `turns`, one list of ids a turn, and search(query) finds.
     A turn that runs out of ids goes on with 256. Tests prove the claims of Algorithm 1 with this, without a model."""
-    scripts, answer = {b: iter(ids) for b, ids in enumerate(turns)}, None
-    while True:
-        try:
-            wish = talk.send(answer)
-        except StopIteration:
-            return r
+    scripts, talk = {b: iter(ids) for b, ids in enumerate(turns)}, engine.Talk(0, r, talk)
+    while not talk.done:
         script = scripts.get(len(r.turns), iter(()))
-        answer = (next(script, 256), 0.0) if wish is None else search(wish)
+        talk.advance((next(script, 256), 0.0) if talk.query is None else search(talk.query))
+    return r
 
 def demo():
     """Print one scripted conversation over two passages with its mask, and what the reward makes of it."""

@@ -14,8 +14,8 @@ Departures, besides those of searchr1.py and models.py (P: from the paper, C: fr
   [D9]  C  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 2e-5 (tested), and a forward
            pass is saved. In bf16 they are 0.01 a token apart; there --recompute-old-logprobs, as in the official code.
            With one update a step and the KL in the loss, recomputing is free: the update's own log-probs are used.
-  [D10] P,C Rollouts of advantage 0 (GRPO: groups of equal rewards) stay out of the update, with their KL term and their
-           tokens in the mean. If all are 0, all stay and only KL acts. PPO keeps all. Logged as frac_reward_zero_std.
+  [D10] P,C Rollouts of advantage 0 (GRPO: groups of equal rewards) stay out of the update, and so do their KL term and
+           their tokens in the mean. If all are 0, all stay; only KL acts. PPO keeps all. Logged: frac_reward_zero_std.
   [D11] C  The learning rate warms up from lr/warmup_steps, not from 0, which would waste the first step. In the tiny
            world a run ends with a cooldown, in which the rate falls to a tenth. It begins when nearly all answers are
            right, since some seeds need twice as many steps as others (LOG.md, 33).
@@ -39,7 +39,7 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 import data
 from data import Mistake, Parser, fixed_sample, load_checkpoint, run_main, step_of
-from engine import Slots, end_ids, run
-from eval import complete, direct_ids, evaluate, make_record, mean_scores, plot_runs, read_log, reading_ids
+from engine import Slots, Talk, end_ids, run
+from eval import DIRECT, complete, evaluate, make_record, mean_scores, plot_runs, read_log, reading_ids, text_ids
 from models import (PRESETS, Costs, give_back, make_models, memory_table, merged_state, peak_bytes, predict_memory,
     predicted_peak, role, size, trained)  # fmt: skip
 from retrieval import SearchFailed, written_whole
@@ -62,6 +62,7 @@ from searchr1 import (HARMLESS, INVALID_MESSAGES, PROMPTS, Rollout, Settings, be
 # ----- 1. Configuration: one field a flag -----
 
 flag = lambda default, help: field(default=default, metadata={"help": help})
+FINE_TUNING = ("sft", "rejection", "format")  # these imitate; all other algorithms learn from a reward
 
 @dataclass
 class Config:
@@ -123,7 +124,7 @@ class Config:
     no_search: bool = flag(False, "the paper's R1: no search engine")
     no_mask: bool = flag(False, "the paper's ablation: train on retrieved tokens, too")
     redraws: int = flag(0, "rounds in which groups of equal rewards make way for new questions [DAPO]")
-    easy_first: bool = flag(False, "first epoch: fewest hops first; ties by how well the question's own text searches")
+    easy_first: bool = flag(False, "first epoch: fewest hops first; ties by how well a question works as a query")
     shuffle_rewards: bool = flag(False, "a control: rewards dealt out at random within the batch")
     recompute_old_logprobs: bool = flag(False, "old log-probs from the trainer instead of the sampler")
     eval_every: int = flag(20, "steps between evaluations on held-out questions")
@@ -146,8 +147,6 @@ class Config:
     def method(self):  # the row of the paper's Table 2, as eval.py calls it
         return self.algo if self.algo in ("sft", "rejection") else "r1" if self.no_search else "search-r1"
 
-FINE_TUNING = ("sft", "rejection", "format")  # these imitate; all others learn from a reward
-
 # ----- 2. The loop -----
 
 def train(config, policy, task):
@@ -155,16 +154,14 @@ def train(config, policy, task):
     out, device = Path(config.output_dir), policy.device
     models = make_models(policy.eval(), config)  # eval mode: dropout would make old and new log-probs differ
     slots, write = writer(models, task, config)  # keys and values of the policy; phase 2 as a function
-    start = restore(models, config)
-    if start is None:
-        first_evaluation(config, policy, task, slots)
-        start = 0
+    step = restore(models, task, slots, config)  # how far the run has come
     base, *records = read_log(out / "metrics.jsonl")
     record, told = (records or [base])[-1], set()  # metrics of the last step; warnings already printed
 
-    bar = tqdm(initial=start, total=config.steps, desc=config.algo)
+    bar = tqdm(initial=step, total=config.steps, desc=config.algo)
     with orderly_end(models, task, config) as stop, bar:  # stop: a list, empty until Ctrl-C
-        for step in range(start + 1, config.steps + 1):
+        while step < config.steps:  # which `learned` may make fewer
+            step += 1
             # All randomness of a step comes from the seed and the step's number, so resuming repeats and skips nothing.
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
             rng = random.Random(f"{config.seed} step {step}")
@@ -173,7 +170,7 @@ def train(config, policy, task):
             # Phase 1. Questions; with --redraws also those of steps beyond the last, for groups of equal rewards [D10].
             questions, *others = [task.draw(step + k * config.steps, record) for k in range(1 + config.redraws)]
 
-            # Phase 2. Rollouts [Alg. 1]. The members of a group stand side by side: their places say which group it is.
+            # Phase 2. Rollouts [Alg. 1]. A group's members stand side by side: a rollout's place tells its group.
             rollouts, redrawn = write(questions, others, generator, rng)
             costs.end("rollout")
 
@@ -198,8 +195,12 @@ def train(config, policy, task):
 
             # Phase 7. Log.
             record = measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config)
+            records.append(record)
             bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
-            if tell_signs(record, records, told, config) and config.stop_on_collapse:
+            for sign in set(health(records, config)) - told:
+                tqdm.write(f"step {step}: {sign}")
+                told.add(sign)
+            if told and config.stop_on_collapse:
                 stop.append("collapse")
             if learned(records, config) and step + config.cooldown < config.steps:
                 config.steps = bar.total = step + config.cooldown
@@ -215,19 +216,16 @@ def train(config, policy, task):
                 bar.update()
             if step == config.steps or stop or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(step, models, task.tokenizer, config)
-            if step == config.steps:  # which `learned` may have made fewer
-                break
-            if stop:
+            if stop and step < config.steps:
                 tqdm.write(f"stopped after step {step} and saved; continue with: python train.py --resume {out}")
                 sys.exit(130)
 
 # ----- 3. Phases 2 to 5: who writes, rewards, log-probs and values, advantages without a critic -----
 
 def writer(models, task, config):
-    """-> (Slots of the policy; phase 2: write(questions, others, generator, rng) -> Rollouts, number of redraws).
-    The policy writes the rollouts, or the frozen base model [D17]. The base model has slots of its own, because a
-    captured decoding step belongs to one role. others: lists of questions for --redraws; each in turn replaces the
-    groups whose rewards are all equal [DAPO: dynamic sampling]."""
+    """-> (Slots of the policy; phase 2 as a function: Rollouts, number of redraws). The policy writes the rollouts, or
+    the frozen base model [D17], in slots of its own, because a captured decoding step belongs to one role. others:
+    lists of questions for --redraws; each in turn replaces the groups of equal rewards [DAPO: dynamic sampling]."""
     count = config.slots or config.batch_size * config.group_size
     new_slots = lambda: Slots(models.policy, count, config.max_length, graphs=not config.no_cuda_graphs)
     slots = new_slots()
@@ -236,7 +234,7 @@ def writer(models, task, config):
 
     def once(questions, generator, rng):
         if config.algo == "sft":
-            return gold_examples(questions, task.tokenizer)
+            return [gold_example(question, task.tokenizer) for question in questions]
         with role(model, name):
             if config.algo == "format":
                 return format_examples(model, task, questions, config.settings, rng, own_slots)
@@ -255,17 +253,14 @@ def writer(models, task, config):
 
     return slots, write
 
-def gold_examples(questions, tokenizer):
-    """[SFT] Questions -> Rollouts as if the policy had answered the prompt of direct inference with the gold answer."""
-    rollouts = []
-    for question in questions:
-        ids, gold = direct_ids(question.text, tokenizer), question.gold_answers[0]
-        r = Rollout(question, ids, [False] * len(ids), [0.0] * len(ids), len(ids), gold, True, found=[None])
-        r.turns.append(f"<answer> {gold} </answer>")
-        written = tokenizer(f" {gold} </answer>", add_special_tokens=False)["input_ids"]  # the prompt has "<answer>"
-        r.append(written, [0.0] * len(written))
-        rollouts.append(r)
-    return rollouts
+def gold_example(question, tokenizer):
+    """[SFT] Question -> Rollout as if the policy had answered the prompt of direct inference with the gold answer."""
+    ids, gold = reading_ids(question.text, tokenizer, DIRECT, "<answer>"), question.gold_answers[0]
+    r = Rollout(question, [], [], [], len(ids), gold, True, [f"<answer> {gold} </answer>"], found=[None])
+    r.append(ids)
+    written = text_ids(f" {gold} </answer>", tokenizer)  # the prompt has "<answer>"
+    r.append(written, [0.0] * len(written))
+    return r
 
 # [ours] A model too small for the official prompt is first shown the FORMAT; only then can it learn from a reward.
 SEARCHING = ("I need to search for this.", "I do not know this yet.", "Let me look it up.")
@@ -289,27 +284,26 @@ def format_examples(reader, task, questions, settings, rng, slots):
 def poor_policy(r, tokenizer, settings, ends, rng):
     """Drive `converse` with turns from a script. Each conversation has an rng of its own, because the number of slots
     decides the order in which conversations begin."""
-    talk, words = converse(r, tokenizer, settings, ends), r.question.text.split()
-    tokens = lambda text: [(i, 0.0) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    next(talk)
+    talk, words = Talk(0, r, converse(r, tokenizer, settings, ends)), r.question.text.split()
+
+    def say(text):
+        for token in text_ids(text, tokenizer):
+            if talk.query is None:  # else the text has a closing tag before its end, and its rest is no passage
+                talk.advance((token, 0.0))
+
     for _ in range(min(settings.max_turns, rng.choice((1, 1, 2)))):
         start, end = sorted(rng.sample(range(len(words) + 1), 2))
         some = rng.sample(words, rng.randint(1, len(words)))
         query = " ".join(rng.choice((words, words[start:end], some)))
-        wish = say(talk, tokens(f"<think> {rng.choice(SEARCHING)} </think>\n<search> {query} </search>"))
-        if wish is None:  # too long for a turn
+        say(f"<think> {rng.choice(SEARCHING)} </think>\n<search> {query} </search>")
+        if talk.query is None:  # too long for a turn
             return
-        passages = yield wish
-        say(talk, [passages])
+        passages = yield talk.query
+        talk.advance(passages)
     prompt = reading_ids(r.question.text, tokenizer, READ, "Short answer:", passages, settings)
     reading = yield from complete(r, prompt, "\n", tokenizer, replace(settings, max_new_tokens=24), ends)
     thought = rng.choice(ANSWERING).format(question=r.question.text)
-    say(talk, tokens(f"<think> {thought} </think>\n<answer> {reading.turns[0].strip()} </answer>"))
-
-def say(talk, answers):
-    """Send these one by one -> the query that the conversation then asks for; None: it wants a token, or it is over."""
-    with contextlib.suppress(StopIteration):
-        return [talk.send(answer) for answer in answers][-1]
+    say(f"<think> {thought} </think>\n<answer> {reading.turns[0].strip()} </answer>")
 
 REWARDS = {
     "em": lambda r, gold_answers: outcome_reward(r.answer, gold_answers),  # [Eq. 4]
@@ -498,14 +492,6 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
         "lr": config.lr * learning_rate_factor(step, config.warmup_steps, config),
     }  # fmt: skip
 
-def tell_signs(record, records, told, config):
-    """Add the step's metrics to `records` and print each warning of health() once -> True if there has been one."""
-    records[5:] = [*records[5:][-4:], record]  # health looks at the first five and the last five
-    for sign in set(health(records, config)) - told:
-        tqdm.write(f"step {record['step']}: {sign}")
-        told.add(sign)
-    return bool(told)
-
 def learned(records, config):
     """Metrics of the steps so far -> whether the last five answered 95% of the one-hop and 85% of the two-hop questions
     right, so that the cooldown may begin: what is missing is mostly the noise of a large learning rate."""
@@ -555,9 +541,9 @@ def evaluation(step, policy, task, slots, config):
             sampled, _ = evaluate(policy, task.tokenizer, questions, *how, config.temperature, generator, slots)
             metrics |= {f"{name}/sampled_{key}": sampled[key] for key in sampled if key.startswith("em")}
     sample = make_record(rollouts[-1], task.tokenizer, config.method, "held out", len(rollouts) - 1)
-    append(Path(config.output_dir) / "samples.jsonl", {"step": step, "reward": sample["em"]} | sample)
-    earlier = [r for r in read_log(Path(config.output_dir) / "metrics.jsonl") if "eval/em" in r] if step else []
-    tqdm.write(f"step {step}: {in_words(metrics, earlier[-1] if earlier else metrics)}")
+    append(Path(config.output_dir) / "samples.jsonl", {"step": step} | sample)
+    earlier = [r for r in read_log(Path(config.output_dir) / "metrics.jsonl") if "eval/em" in r] if step else [metrics]
+    tqdm.write(f"step {step}: {in_words(metrics, earlier[-1])}")
     return metrics | {"timing_s/eval": time.perf_counter() - began}
 
 def in_words(now, before):
@@ -571,26 +557,15 @@ def in_words(now, before):
             said.append(f"{name}questions now take {searches} search{'es' * (searches != 1)} instead of {once}")
     return "; ".join(said)
 
-def first_evaluation(config, policy, task, slots):
-    """Begin the run's folder with an evaluation of the untrained policy."""
-    out = Path(config.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    for log_file in LOGS:  # of a run that was killed before its first checkpoint
-        (out / log_file).unlink(missing_ok=True)
-    write_config(config)
-    log({"step": 0} | evaluation(0, policy, task, slots, config), config)
-
 def write_config(config):
     with written_whole(Path(config.output_dir) / "config.json") as file:
         file.write(json.dumps(asdict(config), indent=2) + "\n")
 
-LOGS = "metrics.jsonl", "samples.jsonl"
-
 def log(record, config):
     """A line of metrics.jsonl, and with --wandb the same numbers to a tracker."""
-    append(Path(config.output_dir) / "metrics.jsonl", record)
-    if config.wandb:
+    if config.wandb:  # first: if its package is missing, the run has not begun yet
         tracker(config.wandb, config.output_dir).log(record, step=record["step"])
+    append(Path(config.output_dir) / "metrics.jsonl", record)
 
 @functools.cache
 def tracker(project, output_dir):
@@ -607,18 +582,16 @@ def append(path, record):
         file.write(json.dumps(record) + "\n")
 
 def save_checkpoint(step, models, tokenizer, config):
-    """OUTPUT_DIR/checkpoint-<step>: an ordinary Hugging Face folder with merged adapters, how its conversations run
-    (search_r1.json), and what resuming needs (trainer_state.pt), which only the newest keeps: it is several times the
-    model. It appears whole or not at all. Mistake if the disk is full."""
+    """OUTPUT_DIR/checkpoint-<step>, whole or not at all: an ordinary Hugging Face folder with merged adapters, how its
+    conversations run (search_r1.json), what resuming needs (trainer_state.pt). Mistake if the disk is full."""
     out = Path(config.output_dir)
     unfinished = out / f"unfinished-{step}"
     about = {"world_seed": config.world_seed, "corpus": config.corpus or None, "encoder": config.encoder}
     about |= {"method": config.method, "base": config.model or models.policy.name_or_path}
     state = {"step": step}
     for name, network, optimizer in models.learners():  # the model's own file has merged or rounded weights
-        masters = optimizer.param_groups[0]["params"]
         state[f"{name}_optimizer"] = optimizer.state_dict()
-        state[name] = {key: master.detach() for key, master in zip(trained(network, name), masters)}
+        state[name] = {key: p.detach() for key, p in zip(trained(network, name), optimizer.param_groups[0]["params"])}
     try:
         models.policy.save_pretrained(unfinished, state_dict=merged_state(models.policy))
         tokenizer.save_pretrained(unfinished)
@@ -638,7 +611,7 @@ def tidy(out, keep):
     """Remove what a run's folder no longer needs: all trainer states but the newest, what a kill left unfinished and,
     unless `keep` is 0, all checkpoints except the newest `keep` and the one with the best evaluation."""
     checkpoints = data.checkpoints(out)
-    for older in checkpoints[:-1]:
+    for older in checkpoints[:-1]:  # a trainer state is several times the model
         (older / "trainer_state.pt").unlink(missing_ok=True)
     em = {record["step"]: record.get("eval/em", -1.0) for record in read_log(out / "metrics.jsonl")}
     best = max(checkpoints, key=lambda checkpoint: (em.get(step_of(checkpoint), -1.0), step_of(checkpoint)))
@@ -647,22 +620,22 @@ def tidy(out, keep):
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
-def resumable(run):
-    """Folder of a run -> those of its checkpoints that a run can go on from, the newest last."""
-    return [checkpoint for checkpoint in data.checkpoints(run) if (checkpoint / "trainer_state.pt").exists()]
-
-def restore(models, config):
-    """Load the newest checkpoint of a run -> its step, or None if there is none: the run begins anew. Cut the logs back
-    to it: what came after is done again. Nothing is unpickled but tensors and plain values."""
+def restore(models, task, slots, config):
+    """Load the newest checkpoint of a run -> its step. Cut the logs back to it: what came after is done again. A run
+    without one begins, with an evaluation of the untrained policy. Only tensors and plain values are unpickled."""
     out = Path(config.output_dir)
-    if not resumable(out):
-        return None
-    newest = resumable(out)[-1]
+    checkpoints, logs = data.checkpoints(out, "trainer_state.pt"), (out / "metrics.jsonl", out / "samples.jsonl")
+    if not checkpoints:
+        for file in logs:  # of a run that was killed before its first checkpoint
+            file.unlink(missing_ok=True)
+        write_config(config)
+        log({"step": 0} | evaluation(0, models.policy, task, slots, config), config)
+        return 0
+    saved = checkpoints[-1] / "trainer_state.pt"
     try:
-        # To the CPU first: a second copy might not fit on the card.
-        state = torch.load(newest / "trainer_state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(saved, map_location="cpu", weights_only=True)  # a second copy might not fit on the card
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise Mistake(f"{newest}/trainer_state.pt cannot be read: {error!r:.99}; a new run: --model {newest}") from None
+        raise Mistake(f"{saved} cannot be read: {error!r:.99}; a new run: --model {saved.parent}") from None
     for name, network, optimizer in models.learners():
         adam = state[f"{name}_optimizer"]
         adam["param_groups"][0]["fused"] = optimizer.defaults["fused"]  # as this device wants it, not the saved run's
@@ -672,20 +645,18 @@ def restore(models, config):
             p.detach().copy_(master)
     if state["step"] >= config.steps:
         raise Mistake(f"{out} has all its {config.steps} steps; --steps N with a larger N goes on")
-    for log_file in LOGS:
-        kept = [record for record in read_log(out / log_file) if record["step"] <= state["step"]]
-        with written_whole(out / log_file) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in kept))
+    for file in logs:
+        kept = [record for record in read_log(file) if record["step"] <= state["step"]]
+        with written_whole(file) as lines:
+            lines.write("".join(json.dumps(record) + "\n" for record in kept))
     write_config(config)  # with what --resume has changed
     return state["step"]
 
-@contextlib.contextmanager
 def alone_in(folder):
     """Keep other processes out of a run's folder: two would write into one log. The lock ends with the process."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(Path(folder) / ".lock", timeout=0):
-            yield
+        return FileLock(Path(folder) / ".lock").acquire(timeout=0)
     except Timeout:
         raise Mistake(f"another process trains in {folder}: wait for it, or take another --output-dir") from None
 
@@ -695,9 +666,8 @@ def shortage_named(config):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # CUDA has a class of its own for it; the errors of the CPU and of cuBLAS are known by their words.
         words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(w in str(error) for w in words):
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
         slots = config.slots or f"all {config.batch_size * config.group_size}"
         learning = f"--micro-batch-tokens (now {config.micro_batch_tokens}) or add --gradient-checkpointing"
@@ -712,7 +682,7 @@ def orderly_end(models, task, config):
     stop, out = [], Path(config.output_dir)
 
     def ask(number, frame):
-        os.write(2, b"\nthis step is finished and saved first; a second Ctrl-C ends at once\n")  # print may be at work
+        os.write(2, b"\nfinishing and saving this step first; a second Ctrl-C ends at once\n")  # print may be at work
         stop.append(number)
         signal.signal(number, before[number])
 
@@ -734,14 +704,9 @@ def orderly_end(models, task, config):
 
 # ----- 6. What a policy is trained on -----
 
-@dataclass
-class Task:
-    tokenizer: object
-    search: object  # (queries, top_k) -> lists of Passages
-    draw: object  # (step, metrics of the one before) -> list of Q Questions
-    train_sample: list  # training questions, to compare with
-    held_out: list  # the questions of every evaluation
-    bytes_on_card: int = 0  # of the search engine
+# search: (queries, top_k) -> lists of Passages; draw: (step, metrics of the one before) -> list of Q Questions;
+# train_sample: training questions, to compare with held_out, those of every evaluation; bytes_on_card: of the engine.
+Task = namedtuple("Task", "tokenizer search draw train_sample held_out bytes_on_card", defaults=[0])
 
 def load_run(config, format_steps=data.BaseConfig.policy_steps):
     """Config -> (policy, Task). Without --model the tiny world's, whose base model had format_steps of format."""
@@ -749,13 +714,12 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     if not config.model:
         return load_tiny(config, device, format_steps)
     policy, tokenizer = load_checkpoint(config.model, device, data.weights_dtype(config.dtype, device))
-    # Sets by name have an evaluation split of their own; of a file the last tenth is held out.
     eval_data = config.eval_data or ("" if Path(config.train_data).is_file() else config.train_data)
     others = data.question_files(eval_data, "eval") if eval_data else []
     questions, engine, _ = data.task(0, config.corpus, config.train_data, "train", config.encoder, others, device)
     engine.patience = config.search_patience  # of a server
     held_out = data.load_data(eval_data, "eval") if eval_data else []
-    if not held_out:
+    if not held_out:  # a file: its last tenth
         count = min(100, max(1, len(questions) // 10))
         questions, held_out = questions[:-count], questions[-count:]
     if len(questions) < config.batch_size:
@@ -763,9 +727,8 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
 
     longest = max(questions + held_out, key=lambda q: len(q.text))  # a run would stop at it, again at each --resume
     begin(longest, prompt_ids(longest, tokenizer, config.settings), config.settings)
-    rank = {}
-    if config.easy_first:  # BM25 takes .03 s a question; those that are not ranked count as hard
-        rank = first_ranks(random.Random(config.seed).sample(questions, min(len(questions), 10_000)), engine.search)
+    ranked = random.Random(config.seed).sample(questions, min(len(questions), 10_000)) if config.easy_first else []
+    rank = first_ranks(ranked, engine.search)  # BM25 takes .03 s a question; those that are not ranked count as hard
 
     @functools.lru_cache(maxsize=2)
     def order(epoch):  # sorting and shuffling once an epoch, not at every step
@@ -810,6 +773,7 @@ CHOICES = {
     "preset": tuple(dict.fromkeys(name.split("/")[0] for name in PRESETS)), "dtype": data.DTYPES,
     "algo": ("ppo", "grpo", "reinforce", *FINE_TUNING), "kl_in": ("reward", "loss"), "kl": ("k3", "exact"),
     "reward": tuple(REWARDS), "prompt": tuple(PROMPTS), "invalid_message": tuple(INVALID_MESSAGES),
+    "device": ("auto", "cpu", "cuda", "mps"),
 }  # fmt: skip
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
             "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
@@ -860,6 +824,7 @@ def check_config(c):
         "--preset real needs --model, --train-data and --corpus": c.preset == "real" and not c.model,
         "--model, --train-data and --corpus go together": not bool(c.model) == bool(c.train_data) == bool(c.corpus),
         "--eval-data needs --train-data: the tiny world has held-out questions": c.eval_data and not c.train_data,
+        f"{given('device')}: torch finds none here": c.device == "cuda" and not torch.cuda.is_available(),
         f"{given('group_size')}: {c.algo} has one example a question": c.algo in ("sft", "format") and c.group_size > 1,
         f"{given('redraws')}: a group of one has no spread": c.redraws and c.group_size == 1,
         "--algo format shows how to search: leave out --no-search and --max-turns 0":
@@ -882,7 +847,7 @@ def resumed_config(given):
         saved = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise Mistake(f"--resume: {folder} is no folder of a run: {error}") from None
-    if data.checkpoints(folder) and not resumable(folder):
+    if data.checkpoints(folder) and not data.checkpoints(folder, "trainer_state.pt"):
         raise Mistake(f"--resume: no checkpoint in {folder} has the trainer_state.pt that it takes to continue")
     if unknown := set(saved) - {f.name for f in fields(Config)}:
         raise Mistake(f"{folder} was made by another version, with flags that are gone: {', '.join(sorted(unknown))}")
@@ -914,9 +879,9 @@ def main(argv=None):
     samples = list(read_log(out / "samples.jsonl"))
     for title, sample in (("before training", samples[0]), (f"after {config.steps} steps", samples[-1])):
         gold = " or ".join(sample["golden_answers"])
-        print(f"\n--- {title} (greedy, a held-out question; gold answer: {gold}; reward {sample['reward']:.0f})")
         lines = re.sub(r"\s*(<(think|search|information|answer)>)", r"\n  \1", sample["transcript"])
-        print((sample["question"] + lines).translate(HARMLESS))
+        about = f"greedy, a held-out question; gold answer: {gold}; exact match: {sample['em']:.0f}"
+        print(f"\n--- {title} ({about})\n{sample['question']} {lines}".translate(HARMLESS))
     asked = shlex.quote(samples[-1]["question"].translate(HARMLESS))
     files = f" --data {config.eval_data or config.train_data}" if config.corpus.endswith("contexts") else ""
     print(f"\nNext: python eval.py --checkpoint {out} --ask {asked}{files}")

@@ -125,7 +125,8 @@ def main(argv=None):
     if trainer.accelerator.is_main_process:
         policy = trainer.accelerator.unwrap_model(trainer.model).eval()
         asked = data.fixed_sample(held_out, 400)
-        metrics, _ = evaluate(policy, environment.tokenizer, asked, environment.search, environment.settings)
+        how = environment.search, environment.settings, "search-r1"
+        metrics, _ = evaluate(policy, environment.tokenizer, asked, *how)
         right = " / ".join(f"{metrics[f'em_{hops}hop']:.3f}" for hops in (1, 2))
         print(f"after {args.steps} steps on {processes} processes: EM {right} (one hop / two hops)")
 

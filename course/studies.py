@@ -100,7 +100,7 @@ def load(config, loading=LOADING):
     `retriever`."""
     policy, task = train.load_run(config, loading["format_steps"])
     if loading["retriever"] != "exact":
-        task.search = ENGINES[loading["retriever"]](data.make_world(config.world_seed).passages)
+        task = task._replace(search=ENGINES[loading["retriever"]](data.make_world(config.world_seed).passages))
     return policy, task
 
 
@@ -114,7 +114,7 @@ def finished_run(given):
     last = lambda: folder / f"checkpoint-{json.loads((folder / 'config.json').read_text())['steps']}"
     with train.alone_in(folder):
         if not (folder / "config.json").exists() or not last().exists():
-            half = train.resumable(folder)
+            half = data.checkpoints(folder, "trainer_state.pt")
             if not half:  # what a killed run left before its first checkpoint
                 (folder / "metrics.jsonl").unlink(missing_ok=True)
             config = train.parse_config({"resume": str(folder)} if half else flags | {"output_dir": str(folder)})

@@ -57,7 +57,7 @@ def test_metrics_are_means_over_all_questions_and_hops_apart():
     script = {searchr1.make_prompt(q): [list(x.encode()) for x in xs] for q, xs in turns.items()}
     tokenizer, search = searchr1.ByteTokenizer(), lambda queries, k: [PASSAGES] * len(queries)
     how = ScriptedPolicy(tokenizer, script), tokenizer, questions, search, SETTINGS
-    metrics, rollouts = evaluation.evaluate(*how, slots=2)
+    metrics, rollouts = evaluation.evaluate(*how, "search-r1", slots=2)
     assert [r.question for r in rollouts] == questions
     want = {
         "em": 3 / 5,
@@ -145,7 +145,7 @@ def test_evaluation_is_greedy_whatever_the_random_state(model, tokenizer):
     for seed, how in ((0, {}), (1, {}), (2, {"temperature": 1.0})):
         torch.manual_seed(seed)
         search = lambda queries, k: [KINAKE] * len(queries)
-        _, rollouts = evaluation.evaluate(model, tokenizer, people(0, 6), search, settings, **how)
+        _, rollouts = evaluation.evaluate(model, tokenizer, people(0, 6), search, settings, "search-r1", **how)
         ids.append([r.ids for r in rollouts])
     assert ids[0] == ids[1] != ids[2]
 
@@ -763,6 +763,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(checkpoint, capsys, flags, messag
         (["--ask", "who?", "--json", "x.json"], "--json: not allowed with argument --ask"),
         (["--chat", "--plot", "run"], "--plot: not allowed with argument --chat"),
         (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
     ],
 )
 def test_flags_that_contradict_each_other_are_one_line(checkpoint, monkeypatch, flags, message):

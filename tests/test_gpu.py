@@ -122,7 +122,7 @@ def test_each_method_over_graphs_is_the_plain_one(graphs, tokenizer, method):
     questions = [searchr1.Question(str(i), text, ("gugoton",)) for i, text in enumerate(texts)]
     settings = searchr1.Settings(3, 12, 40, 300, invalid_message="paper")
     find = lambda queries, k: [[evaluation.Passage("0", "x", "kinake lives in gugoton.")]] * len(queries)
-    ask = lambda slots: evaluation.answer(policy, tokenizer, questions, find, settings, method, slots=slots)
+    ask = lambda slots: evaluation.evaluate(policy, tokenizer, questions, find, settings, method, slots=slots)[1]
     slots = make(policy, 3, 300)
     same(ask(slots), ask(None))
     assert slots.graphs and slots.steps

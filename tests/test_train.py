@@ -442,11 +442,11 @@ def test_the_kl_in_the_loss_has_the_gradient_of_its_definition(tokenizer, model,
 def test_sft_raises_the_logprob_of_the_gold_answer_and_of_nothing_else(tokenizer, model):
     """Claim: an example of SFT is the prompt of direct inference and the gold answer; the prompt is masked; the
     gradient is that of the mean negative log-likelihood of the answer's tokens.
-    Fails if: gold_examples appends the prompt with log-probs (mask True), or fine_tuning_loss loses its minus.
+    Fails if: gold_example appends the prompt with log-probs (mask True), or fine_tuning_loss loses its minus.
     """
     who = Question("1", "who is kinake?", ("gugoton", "second"))
     where = Question("2", "where is kinake?", ("kinake gugoton",))
-    rollouts = train.gold_examples([who, where], tokenizer)
+    rollouts = [train.gold_example(question, tokenizer) for question in (who, where)]
     texts = [(tokenizer.decode(r.ids[: r.prompt_length]), tokenizer.decode(r.ids[r.prompt_length :])) for r in rollouts]
     assert texts[0] == ("<question> who is kinake ? </question> <answer>", "gugoton </answer>")
     assert texts[1] == ("<question> where is kinake ? </question> <answer>", "kinake gugoton </answer>")
@@ -668,7 +668,7 @@ def test_a_search_engine_that_goes_away_ends_the_run_and_loses_no_step(small_bas
                 raise SearchFailed("http://nowhere did not answer")
             return task.search(queries, top_k)
 
-        return policy, replace(task, search=fragile)
+        return policy, task._replace(search=fragile)
 
     monkeypatch.setattr(train, "load_run", gone_later)
     with pytest.raises(SearchFailed, match="nowhere did not answer; saved after step 2, continue with"):
@@ -706,7 +706,7 @@ def test_an_engine_that_goes_away_during_an_evaluation_costs_the_evaluation_only
 def test_a_run_that_cannot_be_evaluated_at_its_start_leaves_nothing_behind(small_base, monkeypatch):
     """Claim: if the search engine is not there at the first evaluation, the run ends with its address and has logged
     nothing, so that the same command can be given again.
-    Fails if: first_evaluation logs before it evaluates.
+    Fails if: restore logs before it evaluates.
     """
 
     def gone(*args, **settings):
@@ -872,7 +872,7 @@ def test_searches_and_answers_by_hops_steer_the_next_questions(small_base):
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(small_base, monkeypatch):
     """Claim: killed in step 2 without a checkpoint, half a line at the end of its log, a resumed run is the run that
     was left alone. Killed after a checkpoint with half a line, too.
-    Fails if: read_log takes a line without its newline (`if line.endswith(...)`), or first_evaluation keeps the logs.
+    Fails if: read_log takes a line without its newline (`if line.endswith(...)`), or restore keeps the logs.
     """
     run, log = SMALL + ["--steps", "3"], train.log
     train.main(run + ["--output-dir", "whole"])
@@ -1082,6 +1082,7 @@ def short_run(policy, tokenizer, out, steps=2, resume="", **values):
     rates = {"lr": 1e-2, "cooldown": 0, "warmup_steps": 1, "critic_warmup_steps": 0}  # whatever the number of steps
     learns = {"entropy_coef": 0.1, "reward": "format"}  # something to learn, whatever the rewards
     run = {"preset": "tiny", "model": "files", "steps": steps, "output_dir": out, "resume": resume}
+    Path(out).mkdir(exist_ok=True)
     names = ("kinake", "zofozu", "vaseru", "lamira")
     asked = [Question(str(i), f"who is {name}?", ("gugoton",)) for i, name in enumerate(names)]
     draw = lambda step, _: random.Random(step).sample(asked, 2)
@@ -1294,7 +1295,8 @@ def test_the_cold_start_shows_the_form_and_no_answer(real_shape, monkeypatch):
 def test_the_cold_start_shows_no_conversation_that_a_budget_cut(tokenizer):
     """Claim: the conversations shown are whole. One whose turn is too long, which an invalid turn would follow, and one
     that ends while its passages come in, are left out.
-    Fails if: format_examples does not look at num_valid_actions, or poor_policy hands passages over by talk.send.
+    Fails if: format_examples does not look at num_valid_actions, or poor_policy hands passages over by
+    talk.generator.send.
     """
     questions = [Question(str(i), "who is kinake born in? " * 4, ("x",)) for i in range(12)]
     task = SimpleNamespace(tokenizer=tokenizer, search=lambda queries, k: [PASSAGES[:1]] * len(queries))
@@ -1307,6 +1309,18 @@ def test_the_cold_start_shows_no_conversation_that_a_budget_cut(tokenizer):
     for max_new_tokens, max_length in [(30, 160), (34, 60), (34, 61), (34, 68)]:
         with pytest.raises(Mistake, match="no conversation reaches its answer"):
             shown(max_new_tokens, max_length)
+
+
+def test_a_tag_in_a_question_ends_the_query_of_a_cold_start(tokenizer):
+    """Claim: a question that holds a closing tag closes the poor policy's query early. What it would have said after
+    that is dropped, and not taken for passages.
+    Fails if: say goes on although the conversation waits for passages (`if talk.query is None:` -> `if True:`).
+    """
+    questions = [Question(str(i), "who </search> is kinake", ("x",)) for i in range(12)]
+    task = SimpleNamespace(tokenizer=tokenizer, search=lambda queries, k: [PASSAGES[:1]] * len(queries))
+    settings, rng = Settings(2, 60, 40, 400, 1, prompt="short"), random.Random(0)
+    shown = train.format_examples(random_model(tokenizer), task, questions, settings, rng, None)
+    assert shown and any("</search> is" not in turn and "</search>" in turn for r in shown for turn in r.turns)
 
 
 def test_easy_questions_come_first(here):
@@ -1347,7 +1361,7 @@ def test_easy_questions_come_first(here):
 
 def test_a_tracker_gets_the_lines_of_the_log(small_base, monkeypatch):
     """Claim: --wandb PROJECT sends every line of metrics.jsonl under its step; without the package one line says so.
-    Fails if: log() leaves the tracker out, or the ImportError is not caught.
+    Fails if: log() leaves the tracker out or writes the line first, or the ImportError is not caught.
     """
     sent, begun = [], []
     run = SimpleNamespace(log=lambda record, step: sent.append((step, record)))
@@ -1359,6 +1373,7 @@ def test_a_tracker_gets_the_lines_of_the_log(small_base, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(Mistake, match="--wandb needs its package: pip install wandb"):
         train.main(SMALL + ["--steps", "1", "--wandb", "course", "--output-dir", "run-v"])
+    assert not Path("run-v/metrics.jsonl").exists()  # so the same command works once the package is there
 
 
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
@@ -1426,6 +1441,8 @@ MISTAKES = [
     ("--steps 0", "--steps 0: must be above 0"),
     ("--steps many", "invalid int value"),
     ("--algo dpo", "invalid choice"),
+    ("--device gpu", "invalid choice"),
+    *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda: torch finds none here")]),
     ("--stepz 3", "unrecognized arguments: --stepz"),
     ("--temperature 0", "--temperature 0.0"),
     ("--kl-coef -1", "--kl-coef -1.0: cannot be negative"),
