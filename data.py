@@ -150,7 +150,6 @@ def draw_questions(questions, count, two_hop_share, rng):
 
 TAGS = [f"<{slash}{tag}>" for tag in ("question", "think", "search", "information", "answer") for slash in ("", "/")]
 THOUGHTS = ["i need to search", "not sure", "now i know", ""]
-# A conversation of the tiny world: at most three searches of three passages, fourteen tokens a turn.
 TINY_SETTINGS = Settings(max_turns=3, max_new_tokens=14, max_obs_length=64, max_length=256, invalid_message="paper")
 
 # The official prompt [Table 1] has 100 words of instructions that 0.4 M parameters cannot use. This template keeps its
@@ -196,8 +195,8 @@ def reading_episode(world, facts, count, rng):
     passages = [rng.choice(RELATION[r].facts).format(x=s, y=world.facts[r, s]) for r, s in chosen]
     segments = [("<information> " + " ".join(f"doc {text}" for text in passages) + " </information>", False)]
     for relation, subject in rng.sample(chosen, len(chosen)):
-        noun_phrase, answer = rng.choice(RELATION[relation].nouns).format(x=subject), world.facts[relation, subject]
-        text = rng.choice(OPENERS[KIND_OF[answer]]).format(np=noun_phrase)
+        answer = world.facts[relation, subject]
+        text = worded(subject, [relation], answer, rng)
         segments += [(f"<question> {text} </question>", False), (f"<answer> {answer} </answer>", True)]
     return segments
 
@@ -234,9 +233,7 @@ def _poor_policy(question, searches, rng):
 
 def poor_episodes(questions, search, top_k, rng):
     """Conversations of a poor policy, one a question, side by side -> episodes. The number of searches does not depend
-    on the question. A query is a random entity of the context and a relation word of the question that fits it, or some
-    random words. The answer is a random entity of the last passages, or of any passage with a relation word of the
-    question. With three passages a search, 0.24 of the one-hop and 0.05 of the two-hop questions are answered right."""
+    on the question. With three passages a search 0.24 of one-hop and 0.05 of two-hop questions are answered right."""
     searches = [rng.choices([0, 1, 2, 3], [1, 2, 2, 1])[0] for _ in questions]
     talks = [_poor_policy(question, count, rng) for question, count in zip(questions, searches)]
     for turn in range(3):
@@ -342,8 +339,7 @@ def base_model(config, cache):
 
 # ----- 3. Real questions and passages -----
 
-# Set of the FlashRAG collection -> (its training split, the split that the paper evaluates on).
-DATASETS = {
+DATASETS = {  # set of the FlashRAG collection -> (its training split, the split that the paper evaluates on)
     "nq": ("train", "test"), "triviaqa": ("train", "test"), "popqa": (None, "test"), "hotpotqa": ("train", "dev"),
     "2wikimultihopqa": ("train", "dev"), "musique": ("train", "dev"), "bamboogle": (None, "test"),
 }  # fmt: skip
@@ -496,8 +492,7 @@ def run_main(main):
 DTYPES = ("auto", "bf16", "fp32")  # --dtype
 
 def weights_dtype(wish, device):
-    """--dtype and device -> torch dtype. "auto" is bf16 on a GPU that computes in it, else fp32. A T4 has only fp16, in
-    which small gradients become 0 unless the loss is scaled, and that we leave out."""
+    """--dtype, device -> torch dtype. "auto": bf16 on a GPU that has it, else fp32; fp16 would need a scaled loss."""
     on_card = str(device).startswith("cuda")
     has_bf16 = not on_card or torch.cuda.is_bf16_supported(including_emulation=False)
     if on_card and wish != "fp32" and not has_bf16:
@@ -546,6 +541,8 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
         plain = head(policy.base_model(input_ids=ids).last_hidden_state)
         if not torch.allclose(plain, policy(input_ids=ids).logits, atol=1e-3, rtol=1e-2) or head.bias is not None:
             raise Mistake(f"{path}: its logits are not one linear map of its hidden states, which is all we support")
+    if not all(hasattr(policy.config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")):
+        raise Mistake(f"{path}: its config.json is not like Qwen's or Llama's, and only such models are supported")
     return policy, tokenizer
 
 def load_settings(checkpoint, real=False):

@@ -15,7 +15,6 @@ Nothing here knows the method: no tag, no prompt, no reward.
 """
 
 import functools
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +52,7 @@ class Slots:
 
     PITFALL: keys and values belong to the weights that made them. A cache that outlives an optimiser step mixes old
     keys with new weights, and nothing complains. So `run` empties all slots first. Buffers and graphs stay: the
-    optimiser changes weights in place, and a graph reads addresses. It would miss a parameter that became a new
-    tensor."""
+    optimiser changes weights in place, and a graph reads addresses. A parameter that becomes a new tensor is missed."""
 
     def __init__(self, policy, slots, max_length, static=None, graphs=True):
         window, kinds = (getattr(policy.config, name, None) for name in ("sliding_window", "layer_types"))
@@ -336,8 +334,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
     side changes nothing but last bits: the draw that picks a token belongs to its conversation and position."""
     device, B = policy.get_output_embeddings().weight.device, len(conversations)
-    if slots is None:
-        slots = max(group_size, slots_for(policy, B, max_length))
+    slots = slots or max(group_size, slots_for(policy, B, max_length))
     slots = slots if isinstance(slots, Slots) else Slots(policy, slots, max_length)
     if len(slots.lengths) < group_size:
         raise Mistake(f"{len(slots.lengths)} slots cannot hold a group of {group_size} rollouts: raise --slots")
@@ -347,7 +344,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
 
     talks = [Talk(b, *conversation) for b, conversation in enumerate(conversations)]
     serve(talks, search)  # those that begin with a search
-    queue = deque(talks[at : at + group_size] for at in range(0, len(talks), group_size))
+    queue = [talks[at : at + group_size] for at in range(0, len(talks), group_size)]
     running = []  # the conversations in flight, in the order of their slots
 
     def pending(row):
@@ -380,7 +377,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
         before, new = len(running), []
         while queue and len(running) + group_size <= len(slots.lengths):
             new.append(list(range(len(running), len(running) + group_size)))
-            running += queue.popleft()
+            running += queue.pop(0)
         restart(running, slots, draws_BL)
         # One pass over what the slots do not hold yet: prompts, or a turn's last token and the passages after it.
         fed = [[row] for row in range(before) if not writing(row)]

@@ -238,12 +238,10 @@ def gradient_twin(x_Rc, y_Rc, rows_n, target_n, numbers, out_Rc, first_column, t
     out_Rc[slice(None) if rows_n is None else rows_n] = dx_nc.to(out_Rc.dtype)
 
 if HAVE_TRITON:
-
     @jit
     def gradient_kernel(x_ptr, y_ptr, rows_ptr, target_ptr, numbers_ptr, out_ptr, x_stride, y_stride, n, columns,
                         first_column, inverse_T, BLOCK: tl.constexpr):  # fmt: skip
-        """One program for BLOCK columns of a row: the statistics are complete, so the columns are independent. The
-        pointers are the tensors of gradient_twin; out must be contiguous."""
+        """One program for a BLOCK of a row. The pointers are the tensors of gradient_twin; out must be contiguous."""
         i = tl.program_id(0)
         row = i.to(tl.int64) if rows_ptr is None else tl.load(rows_ptr + i)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -374,8 +372,7 @@ class RowsToLogprob(torch.autograd.Function):
 # ----- 5. The two entry points -----
 
 def resolve_impl(impl, tensor):
-    """impl str -> True for the kernels, False for the twins. "auto" takes the kernels if the tensor is on a GPU and
-    they are compiled for it. ValueError for an impl that does not exist or cannot run here."""
+    """impl -> True for the kernels, False for the twins; "auto": kernels on a GPU. ValueError if it cannot run here."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl={impl!r}: must be 'auto', 'triton' or 'torch'")
     if impl == "auto":

@@ -14,9 +14,8 @@ left. There are two ways to fit them on one card of 24 GB:
 
 Departure: [D14] P: with --lora-rank only adapters are trained. The paper trains all weights of policy and critic.
 
-README.md, "A real model on one card", predicts what each preset takes on a card of 24 GB: memory by predict_memory,
-time by tests/bench_slots.py. A run prints its prediction before it begins; tests/bench_gpu.py measures both.
-A card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0.5b --lora-rank 32.
+What each preset takes on a card of 24 GB: README.md, "A real model on one card"; tests/bench_gpu.py measures it. A
+card without bf16 (a T4 of 15 GiB) takes fp32: 12.4 GiB for --preset qwen2.5-0.5b --lora-rank 32.
 """
 
 import contextlib
@@ -51,7 +50,7 @@ REAL = {
     "max_length": 4096, "invalid_message": "official", "recompute_old_logprobs": True, "gradient_checkpointing": True,
     "slots": 64, "eval_every": 50, "eval_limit": 100, "save_every": 50,
 }  # fmt: skip
-# What each algorithm changes. Fine-tuning has no reward and no reference [Sec. 4]; the paper draws five samples.
+# What each algorithm changes. Fine-tuning has no reward and no reference [Sec. 4]; rejection: five samples.
 REAL_PPO = {"batch_size": 80, "group_size": 1, "kl_in": "reward"}
 REAL_REINFORCE = {"batch_size": 80, "group_size": 1}
 REAL_SFT = {"group_size": 1, "kl_coef": 0.0, "minibatches": 1, "recompute_old_logprobs": False, "lr": 1e-5}
@@ -149,9 +148,8 @@ class Adapted(torch.nn.Module):
     def __init__(self, linear, roles, rank, alpha, generator):
         super().__init__()
         self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
-        new = lambda *shape: linear.weight.new_zeros(shape)
-        self.A = torch.nn.ParameterDict({name: new(rank, linear.in_features) for name in roles})
-        self.B = torch.nn.ParameterDict({name: new(linear.out_features, rank) for name in roles})
+        self.A = torch.nn.ParameterDict({name: linear.weight.new_zeros(rank, linear.in_features) for name in roles})
+        self.B = torch.nn.ParameterDict({name: linear.weight.new_zeros(linear.out_features, rank) for name in roles})
         for A in self.A.values():
             A.data.copy_(torch.empty(A.shape).uniform_(-1, 1, generator=generator) * linear.in_features**-0.5)
         self.train(linear.training)
@@ -238,12 +236,11 @@ def adam(parameters, lr, config):
 
 @dataclass
 class Models:
-    """The networks and what moves them. Critic and its optimiser are None except for PPO. With adapters, policy,
-    reference and the critic's body are one object, told apart by `role`."""
+    """The networks of a run. With adapters, policy, reference and critic's body are one object, switched by `role`."""
 
     policy: torch.nn.Module  # also the engine that samples
     reference: torch.nn.Module  # pi_ref of Eq. 1: the policy as it was at the start, frozen
-    critic: torch.nn.Module | None
+    critic: torch.nn.Module | None  # it and its optimiser: None except for PPO
     optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer | None
     updates: int = 0  # optimiser steps of the update in progress, counted as they begin
@@ -292,8 +289,7 @@ def fuse_norms(policy):
 
 def recomputed(layer, *args, **kwargs):
     """forward() of a decoder layer that keeps only its input; the backward pass computes the rest again. transformers
-    has this built in for layers in training mode. Ours stay in eval mode, because dropout would make old and new
-    log-probs differ. Without gradients (rollouts, phase 4) it is the plain forward()."""
+    has it for layers in training mode; ours stay in eval mode, as dropout would make old and new log-probs differ."""
     plain = functools.partial(type(layer).forward, layer)
     if not torch.is_grad_enabled():
         return plain(*args, **kwargs)
@@ -301,14 +297,12 @@ def recomputed(layer, *args, **kwargs):
 
 # ----- 5. Memory, told in advance -----
 
-# Temporary memory, grouped by the moment that holds it. Everything else is held all the time.
-MOMENTS = {
+MOMENTS = {  # temporary memory, grouped by the moment that holds it; everything else is held all the time
     "writing rollouts": ("a block", "sampling"),
     "log-probs in the update": ("gradients", "head's gradient", "activations", "log-probs"),
     "one layer in the update": ("gradients", "head's gradient", "activations", "one layer"),
 }
-# What a card holds beside tensors. From public reports, not measured by us: CUDA's context with torch's kernels;
-# cuBLAS, up to 32 MiB a stream; a graph, 64 KB a kernel [vLLM PR 11349].
+# Not tensors; as others report them: CUDA's context; cuBLAS, 32 MiB a stream; a graph, 64 KB a kernel [vLLM PR 11349].
 CONTEXT, WORKSPACES, GRAPH_NODE = 500 * 2**20, 3 * 32 * 2**20, 64 * 2**10
 GRAPHS = 12  # at most, of one set of slots [engine.decode]
 STEP_KERNELS, ADAPTER_KERNELS = 26, 14  # of a decoding step, a layer; counted in tests/test_gpu.py
@@ -322,7 +316,6 @@ def predict_memory(policy, config, search_bytes=0):
     D, I, V, H, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.num_hidden_layers
     head_dim = getattr(c, "head_dim", None) or D // H
     q, kv = H * head_dim, (getattr(c, "num_key_value_heads", None) or H) * head_dim
-    numbers = lambda module: sum(p.numel() for p in module.parameters())
     lora, critics, r = bool(config.lora_rank), config.algo == "ppo", config.lora_rank
     learning = decoder_layers(policy)[-config.lora_layers * lora :]
     linears = [m for layer in learning for m in layer.modules() if isinstance(m, torch.nn.Linear)]
@@ -330,7 +323,7 @@ def predict_memory(policy, config, search_bytes=0):
 
     # Trained numbers: the adapters [r, in] and [out, r] of each role, or the policy and the critic's body.
     adapters = sum(r * (m.in_features + m.out_features) for m in linears)
-    count = (1 + critics) * adapters if lora else numbers(policy) + critics * numbers(policy.base_model)
+    count = (1 + critics) * adapters if lora else policy.num_parameters() + critics * policy.base_model.num_parameters()
 
     # What autograd keeps of a layer, bytes a token. Each norm: its input in fp32 (4), the normalised value where its
     # weight is trained (e), the result (e). Attention: q, k, v as rotated and its output, one fp32 number a head. MLP:
@@ -356,23 +349,21 @@ def predict_memory(policy, config, search_bytes=0):
     sets = 1 + (config.algo in ("rejection", "format"))  # of slots: there the base model has a second one
     kernels = layers * STEP_KERNELS + len(learning) * ADAPTER_KERNELS * lora + 20  # of a decoding step
     return {
-        "weights": e * numbers(policy),
-        "reference's weights": 0 if lora else e * numbers(policy),
-        "critic's weights": 0 if lora else critics * e * numbers(policy.base_model),
+        "weights": e * policy.num_parameters(),
+        "reference's weights": 0 if lora else e * policy.num_parameters(),
+        "critic's weights": 0 if lora else critics * e * policy.base_model.num_parameters(),
         "critic's head": 4 * head,
         "adapters": lora * e * count,
         "fp32 masters": 4 * count if e != 4 else 0,
         "Adam": 8 * (count + head),  # two means
         "gradients": 4 * (count + head),
-        # Held through the update, because graphs point to them.
-        "keys and values": slots * slot_bytes(policy, config.max_length) * sets,
+        "keys and values": slots * slot_bytes(policy, config.max_length) * sets,  # graphs point to them: always held
         "CUDA graphs": sets * GRAPHS * kernels * GRAPH_NODE * (on_card and not config.no_cuda_graphs),
         "context, workspaces": (CONTEXT + WORKSPACES) * on_card,
         "search engine": search_bytes,
         "lm_head in fp32": 4 * V * D * (device == "cpu" and e != 4),  # of the engine
         "a block": block,
-        # logits, scaled, log-probs, probabilities (also as float64), their sums in float64
-        "sampling": slots * V * (4 * 4 + 2 * 8),
+        "sampling": slots * V * (4 * 4 + 2 * 8),  # logits, scaled, log p, p in fp32; p and its sums in float64
         # Of a trained lm_head, and if it is tied of the embedding, too: alive until the body's backward pass is over.
         "head's gradient": 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings)),
         "activations": tokens * kept,

@@ -5,8 +5,7 @@ scores and no gradient flows through it, so any engine fits behind one call:
 
     search(queries: list[str], top_k: int) -> list[list[Passage]]        one list a query, best passage first
 
-The smallest engine needs no model and is built in memory in a second: hashed word vectors in a flat FAISS index
-(build_index; the tiny world uses it). The larger engines below serve the 21 million passages of the paper.
+The tiny world's engine (build_index) is made in memory in a second; others serve the paper's 21 million passages.
 
     1. passages     PassageFile                          rows of a file, read from disk on demand
     2. encoders     HashedEncoder, TransformerEncoder    text -> unit vector
@@ -46,8 +45,7 @@ from pathlib import Path
 
 # PITFALL: on a Mac torch and faiss bring an OpenMP library each, and a process with two of them crashes, unless that is
 # allowed, torch is loaded first, and faiss keeps to one thread.
-ON_MAC = sys.platform == "darwin"
-if ON_MAC:
+if sys.platform == "darwin":
     os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
     import torch
 import faiss
@@ -55,7 +53,7 @@ import numpy as np
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-if ON_MAC:
+if sys.platform == "darwin":
     faiss.omp_set_num_threads(1)
 WORD = re.compile(r"\w+")
 ENCODERS = {  # PITFALL: an encoder must be asked as it was trained. A wrong prefix or pooling costs recall silently.
@@ -64,8 +62,8 @@ ENCODERS = {  # PITFALL: an encoder must be asked as it was trained. A wrong pre
     "mean": ("mean", "", ""),  # model card of sentence-transformers/all-MiniLM-L6-v2, and most others
 }
 PROBE = "which encoder is this"  # the manifest keeps its vector: another encoder under the same name is noticed
-CARD_BYTES = 2 * 2**30  # a Flat index of up to so many bytes in fp16 is searched on the GPU
-ENCODER_BYTES = 300 * 2**20  # what an encoder of e5-base's size takes there at work; an estimate
+CARD_BYTES = 2 * 2**30  # a Flat index that takes no more than this in fp16 is searched on the GPU
+ENCODER_BYTES = 300 * 2**20  # what an encoder of e5-base's size takes there while it works; an estimate
 MAX_BODY, MAX_QUERIES, MAX_TOP_K = 2**24, 8192, 100  # what the server accepts; the paper's batch is 512 * 5 queries
 
 class SearchFailed(Exception):
@@ -468,7 +466,7 @@ def build(corpus, output, settings, index="Flat", block=2048):
 
 def load_engine(folder, bm25=False, device=None):
     """Folder made by build -> SearchEngine. bm25: rank by words, whatever the index is (the first call makes bm25.npz).
-    device: of an encoder and, if that is a GPU with room, of its Flat index; by default a GPU, if there is one.
+    device: of an encoder and, if that is a GPU, of a small Flat index; by default a GPU, if there is one.
     ValueError with the reason if index, passages and encoder do not belong together."""
     folder = Path(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -576,8 +574,7 @@ class HttpEngine(SearchEngine):
                     trouble += " " + error.read(300).decode(errors="replace").strip()
                 if error.code < 500:
                     raise SearchFailed(f"{url} refuses the request: {trouble}") from None
-            # Refused, timed out; cut off; no JSON, or JSON that is nested too deeply.
-            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:  # the last two: no JSON
                 trouble = f"{type(error).__name__} {error}"
             if time.monotonic() + pause > end:
                 raise SearchFailed(f"{url} did not answer for {self.patience} seconds: {trouble}")
@@ -630,12 +627,15 @@ def main(argv=None):
             line = f"{score:8.3f}  {passage.title}  [{passage.id}]\n          {passage.text}\n"
             print("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line))  # no escapes for a terminal
     else:
+        if not 1 <= args.top_k <= MAX_TOP_K:
+            raise ValueError(f"--top-k {args.top_k}: must be from 1 to {MAX_TOP_K}")
         server = Server(engine_from(args.where), args.host, args.port, args.top_k)
         to = "this machine alone" if args.host in ("127.0.0.1", "localhost") else "every machine that can reach it"
         print(f"{args.where} answers {to} at http://{args.host}:{server.server_port}/retrieve", flush=True)
         server.serve_forever()
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a pipe may be unable to encode every character of a passage
     try:
         main()
     except (ValueError, OverflowError, OSError, SearchFailed) as error:  # OverflowError: a port that does not exist

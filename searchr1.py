@@ -71,13 +71,11 @@ TEMPLATE = ("Answer the given question. You must conduct reasoning inside <think
             "needed, you can directly provide the answer inside <answer> and </answer>, without detailed "
             "illustrations. For example, <answer> Beijing </answer>. Question: {question}\n")  # fmt: skip
 # The paper's "R1" baseline: the same reinforcement learning without a search engine.
-NO_SEARCH_TEMPLATE = (
-    "Answer the given question. You should first have a reasoning process in mind and then provides the answer. Show "
-    "your reasoning in <think> </think> tags and return the final answer in <answer> </answer> tags, for example "
-    "<answer> Beijing </answer>. Question: {question}\n")  # fmt: skip
+NO_SEARCH_TEMPLATE = ("Answer the given question. You should first have a reasoning process in mind and then provides "
+                      "the answer. Show your reasoning in <think> </think> tags and return the final answer in "
+                      "<answer> </answer> tags, for example <answer> Beijing </answer>. Question: {question}\n")
 
-# [ours] A small model cannot use the official instructions. It learns the tags from examples (train.py --algo format),
-# and this prompt costs a tenth of the tokens.
+# [ours] "short" has a tenth of the tokens. A model too small for instructions learns from examples (--algo format).
 PROMPTS = {"official": None, "short": "Search, read, then answer. Question: {question}\n"}
 
 def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts):
@@ -93,15 +91,14 @@ def make_prompt(question, tokenizer=None, do_search=True, template=None, **parts
 
 # ----- 2. One turn: what the policy asks for, what the search engine answers (Sec. 3.2) -----
 
-# kind: "search", "answer" or "invalid"; content: the query or the answer, stripped; "" if invalid.
-Action = namedtuple("Action", "kind content")
+Action = namedtuple("Action", "kind content")  # kind: search, answer or invalid; content: stripped, "" if invalid
 
 ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 STOP_TAGS = ("</search>", "</answer>")
 
 def parse_action(text):
     """The text of one turn -> Action. The first complete tag pair wins; without one the turn is invalid. An empty
-    `<search></search>` counts as a search, as in the official code; ours finds nothing."""
+    `<search></search>` counts as a search, as in the official code; our engine finds nothing."""
     match = ACTION.search(text)
     return Action(match.group(1), match.group(2).strip()) if match else Action("invalid", "")
 
@@ -176,8 +173,7 @@ class Rollout:
 
 def converse(r, tokenizer, settings, ends=None):
     """[Algorithm 1] Hold the conversation of Rollout r, whose prompt is already in it. A generator: it yields None to
-    get the next (token, log-prob), and a str, the query, to get passages. `rollout`, the demonstration below and tests
-    drive it. ends: ids that end a sequence; None: the tokenizer's."""
+    get the next (token, log-prob), and the query, a str, to get passages. ends: ids that end a sequence; None: eos."""
     ends = ends or {tokenizer.eos_token_id}
     max_turns = settings.max_turns if settings.do_search else 0
     for b in range(max_turns + 1):  # l. 1, l. 2, l. 10; and one more turn [D18]
@@ -229,8 +225,7 @@ def observation_ids(tokenizer, text, budget, closing=""):
 def prompt_ids(question, tokenizer, settings):
     """Question or str -> ids of the prompt."""
     text = question if isinstance(question, str) else question.text
-    # A chat template spells its special tokens out. Without one the tokenizer adds what its model expects first [D13].
-    plain = not getattr(tokenizer, "chat_template", None)
+    plain = not getattr(tokenizer, "chat_template", None)  # [D13]; a template spells its special tokens out
     template = PROMPTS.get(settings.prompt, settings.prompt) if settings.do_search else None
     return tokenizer(make_prompt(text, tokenizer, settings.do_search, template), add_special_tokens=plain)["input_ids"]
 
@@ -308,8 +303,7 @@ class Batch:
                      cut(self.ref_logprobs_BT), cut(self.advantages_BT), cut(self.values_BT), cut(self.returns_BT))
 
 def collate(rollouts, device="cpu", mask_retrieved=True):
-    """list of B Rollouts -> Batch. L positions become T = L-1 predictions: token t+1 is scored at t; head_inputs and
-    Critic cut likewise. mask_retrieved False is the paper's ablation [Table 4]: retrieved tokens are trained, too.
+    """list of B Rollouts -> Batch. mask_retrieved False is the paper's ablation [Table 4]: passages are trained, too.
     Padding is id 0, whatever that is: it is on the right, where causal attention never looks, and it is masked.
     PITFALL: a mask derived from `id != pad` would lose genuine tokens wherever pad = eos."""
     tensors = lambda rows, dtype: [torch.tensor(row, dtype=dtype) for row in rows]
@@ -330,9 +324,8 @@ def head_inputs(policy, ids_BL):
 
 def token_logprobs(policy, ids_BL, mask_BT, temperature=1.0, ref_hidden_BTD=None, ref_weight_VD=None):
     """log pi(y_t | x, y_<t; R) of each token, and what else one pass over the vocabulary gives -> kernels.LogprobKL:
-    logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; all fp32 [B, T], 0 where the mask is False.
-    The lm_head runs only where the mask is True. Policy, old policy and reference all come through here. Exact KL and
-    ref_logp need the reference's hidden states and lm_head, as head_inputs gives them; without these they are 0."""
+    logp, entropy of pi, exact KL(pi || pi_ref), ref_logp; fp32 [B, T], 0 where masked. The last two are 0 without the
+    reference's hidden states and lm_head (head_inputs). Policy, old policy and reference all come through here."""
     return fused_linear_logprob_kl(*head_inputs(policy, ids_BL), mask_BT, ref_hidden_BTD, ref_weight_VD, temperature)
 
 class Critic(torch.nn.Module):
@@ -440,13 +433,11 @@ def value_loss(values, old_values, returns, mask, clip=0.5):
 
 # ----- 9. The second paper's format reward (arXiv 2505.15117) -----
 
-# Which tag may follow which; between two pairs only white space, inside a pair any text.
-FORMAT_STATES = {
+FORMAT_STATES = {  # which tag may follow which; between two pairs only white space, inside a pair any text
     "start": {"<think>": "in_think"}, "in_think": {"</think>": "after_think"},
-    "after_think": {"<search>": "in_search", "<answer>": "in_answer"},
+    "after_think": {"<search>": "in_search", "<answer>": "in_answer"}, "in_answer": {"</answer>": "end"}, "end": {},
     "in_search": {"</search>": "after_search"}, "after_search": {"<information>": "in_information"},
     "in_information": {"</information>": "information"}, "information": {"<think>": "in_think"},
-    "in_answer": {"</answer>": "end"}, "end": {},
 }  # fmt: skip
 
 def check_format(response):
@@ -462,9 +453,8 @@ def check_format(response):
     return (True, "") if state == "end" else (False, f"ended in state {state}")
 
 def policy_view(rollout):
-    """The response with every block of passages emptied. The format is checked on this, so that a passage that was cut
-    or holds tags can neither spoil nor forge the policy's format. The message after an invalid turn is kept and spoils
-    it, as in the official code."""
+    """The response with every block of passages emptied: what the format is checked on, so that no passage, cut or with
+    tags in it, can spoil or forge it. The message after an invalid turn spoils it, as in the official code."""
     shown = rollout.found[:-1]  # nothing follows the last turn
     blocks = [INVALID_ACTION if passages is None else "<information></information>" for passages in shown]
     return "".join(text + block for text, block in zip(rollout.turns, [*blocks, ""]))
@@ -498,8 +488,7 @@ HARMLESS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x
 
 def parts(r, tokenizer):
     """The response in runs of one mask value -> list of (text, True where the policy wrote it, range of its positions).
-    Earlier parts never change while a rollout grows. A tokenizer of words leaves out the space between two parts; it is
-    put back at the beginning of the second one."""
+    Earlier parts never change. The space that a tokenizer of words leaves out between parts begins the second one."""
     found, before = [], ""
     for own, run in itertools.groupby(range(r.prompt_length, len(r.ids)), r.response_mask.__getitem__):
         run = list(run)
@@ -566,8 +555,7 @@ def demo():
     r = begin(question, prompt_ids(question, tokenizer, settings), settings)
     find = lambda query: index.search([query], settings.top_k)[0]
     play(r, converse(r, tokenizer, settings), [turn.encode() for turn in turns], find)
-    print(make_prompt(question.text))
-    print(transcript(r, tokenizer, colour=True))
+    print(make_prompt(question.text), transcript(r, tokenizer, colour=True), sep="\n")
     own = sum(r.response_mask)
     print(f"\n{r.prompt_length} bytes of prompt, {own} by the policy (mask 1), the rest retrieved (dimmed, mask 0)")
     reward = outcome_reward(r.answer, question.gold_answers)

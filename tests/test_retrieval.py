@@ -907,7 +907,8 @@ def test_one_word_says_which_engine(server, corpus, tmp_path):
 
 def test_the_commands_build_ask_and_refuse(corpus, tmp_path, capsys, monkeypatch):
     """Claim: build and query work from the command line and say what they do. A user's mistake is one line and code 2.
-    Fails if: __main__ lets ValueError or OSError through.
+    A pipe that cannot encode a passage's characters gets the others.
+    Fails if: __main__ lets ValueError or OSError through, serve takes any --top-k, or stdout is not reconfigured.
     """
     monkeypatch.chdir(tmp_path)
     retrieval.main(["build", "passages.jsonl", "--index", "HNSW", "--output", "index"])
@@ -916,7 +917,10 @@ def test_the_commands_build_ask_and_refuse(corpus, tmp_path, capsys, monkeypatch
     retrieval.main(["query", "index", "name5", "--top-k", "2"])
     out = capsys.readouterr().out
     assert out.count("Tïtle") == 2 and out.count("name5") >= 2
+    command, ascii = [sys.executable, ROOT / "retrieval.py", "query", "index", "name5"], {"PYTHONIOENCODING": "ascii"}
+    assert b"T?tle" in subprocess.run(command, capture_output=True, env=os.environ | ascii).stdout
     missing, unknown = ["build", "gone.jsonl", "--output", "x"], ["query", "gone", "q"]
-    for flags in (missing, unknown, ["build", "passages.jsonl", "--output", "index"]):
+    too_many = ["serve", "index", "--port", "0", "--top-k", "101"]  # would answer no request that leaves topk out
+    for flags in (missing, unknown, too_many, ["build", "passages.jsonl", "--output", "index"]):
         done = subprocess.run([sys.executable, ROOT / "retrieval.py", *flags], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("retrieval.py: ")
