@@ -922,5 +922,6 @@ def test_the_commands_build_ask_and_refuse(corpus, tmp_path, capsys, monkeypatch
     missing, unknown = ["build", "gone.jsonl", "--output", "x"], ["query", "gone", "q"]
     too_many = ["serve", "index", "--port", "0", "--top-k", "101"]  # would answer no request that leaves topk out
     for flags in (missing, unknown, too_many, ["build", "passages.jsonl", "--output", "index"]):
-        done = subprocess.run([sys.executable, ROOT / "retrieval.py", *flags], capture_output=True, text=True)
+        command = [sys.executable, ROOT / "retrieval.py", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("retrieval.py: ")
