@@ -794,7 +794,7 @@ def test_no_script_asks_what_time_it_is():
 
 def test_a_collapse_is_told_once_and_ends_the_run_if_asked(small_base, monkeypatch, capsys):
     """Claim: a sign is told once and not at every step; --stop-on-collapse saves that step and ends there.
-    Fails if: tell_signs tells all signs each time (`- told` dropped), or train() does not look at the flag.
+    Fails if: train() tells all signs each time (`- told` dropped), or train() does not look at the flag.
     """
     monkeypatch.setattr(train, "health", lambda records, config: ["it burns"] if len(records) > 1 else [])
     train.main(SMALL + ["--steps", "4", "--output-dir", "on"])
