@@ -80,7 +80,7 @@ def copy_project(out, without=()):
 
 def write_starter(out, numbers):
     """A folder that does not exist yet, numbers of exercises -> the starter in it."""
-    out = copy_project(out, ("mutants.py",))
+    out = copy_project(out, ("mutants.py", "test_exercises.py"))
     for file, functions in by_file(numbers).items():
         (out / file).write_text(emptied((ROOT / file).read_text("utf-8"), functions), "utf-8")
     (out / "AGENTS.md").write_text(AGENTS)
