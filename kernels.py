@@ -241,7 +241,8 @@ if HAVE_TRITON:
     @jit
     def gradient_kernel(x_ptr, y_ptr, rows_ptr, target_ptr, numbers_ptr, out_ptr, x_stride, y_stride, n, columns,
                         first_column, inverse_T, BLOCK: tl.constexpr):  # fmt: skip
-        """One program for a BLOCK of a row. The pointers are the tensors of gradient_twin; out must be contiguous."""
+        """One program for BLOCK columns of a row: the statistics are complete, so the columns are independent. The
+        pointers are the tensors of gradient_twin; out must be contiguous."""
         i = tl.program_id(0)
         row = i.to(tl.int64) if rows_ptr is None else tl.load(rows_ptr + i)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -50,7 +50,7 @@ REAL = {
     "max_length": 4096, "invalid_message": "official", "recompute_old_logprobs": True, "gradient_checkpointing": True,
     "slots": 64, "eval_every": 50, "eval_limit": 100, "save_every": 50,
 }  # fmt: skip
-# What each algorithm changes. Fine-tuning has no reward and no reference [Sec. 4]; rejection: five samples.
+# What each algorithm changes. Fine-tuning has no reward and no reference [Sec. 4]; rejection sampling draws five.
 REAL_PPO = {"batch_size": 80, "group_size": 1, "kl_in": "reward"}
 REAL_REINFORCE = {"batch_size": 80, "group_size": 1}
 REAL_SFT = {"group_size": 1, "kl_coef": 0.0, "minibatches": 1, "recompute_old_logprobs": False, "lr": 1e-5}
@@ -313,7 +313,8 @@ def predict_memory(policy, config, search_bytes=0):
     c, e = policy.config, policy.dtype.itemsize
     device = "cuda" if policy.device.type == "meta" else policy.device.type  # a model without memory: plan for a card
     on_card = device == "cuda"
-    D, I, V, H, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.num_hidden_layers
+    D, V, H, layers = c.hidden_size, c.vocab_size, c.num_attention_heads, c.num_hidden_layers
+    I = getattr(c, "intermediate_size", None) or 4 * D  # GPT-2 does not say
     head_dim = getattr(c, "head_dim", None) or D // H
     q, kv = H * head_dim, (getattr(c, "num_key_value_heads", None) or H) * head_dim
     lora, critics, r = bool(config.lora_rank), config.algo == "ppo", config.lora_rank

@@ -824,7 +824,7 @@ def check_config(c):
         "--preset real needs --model, --train-data and --corpus": c.preset == "real" and not c.model,
         "--model, --train-data and --corpus go together": not bool(c.model) == bool(c.train_data) == bool(c.corpus),
         "--eval-data needs --train-data: the tiny world has held-out questions": c.eval_data and not c.train_data,
-        f"{given('device')}: torch finds none here": c.device == "cuda" and not torch.cuda.is_available(),
+        f"{given('device')}: torch finds none here": c.device != "auto" and not getattr(torch, c.device).is_available(),
         f"{given('group_size')}: {c.algo} has one example a question": c.algo in ("sft", "format") and c.group_size > 1,
         f"{given('redraws')}: a group of one has no spread": c.redraws and c.group_size == 1,
         "--algo format shows how to search: leave out --no-search and --max-turns 0":

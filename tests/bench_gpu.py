@@ -250,13 +250,17 @@ def main(argv=None):
 
     failed = []
 
+    def ran(*command):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        failed.extend([command] * (done.returncode != 0))
+        return done
+
     def part(*command):
         """Run a part -> the last line that it printed, or why there is none."""
         if time.perf_counter() - began > 60 * args.minutes:
             return f"left out: {args.minutes:g} minutes were over"
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        done = ran(*command)
         lines = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip().splitlines()
-        failed.extend([command] * (done.returncode != 0))
         return (lines or ["printed nothing"])[-1] if done.returncode == 0 else f"FAILED: {(lines or ['?'])[-1]}"
 
     where = f"CPU, {torch.get_num_threads()} threads"
@@ -267,10 +271,8 @@ def main(argv=None):
     if device.type == "cuda":
         claims = ("tests/test_kernels.py", "tests/test_gpu.py", "tests/test_engine.py")
         print(f"claims: {part('-m', 'pytest', '-q', *claims)}\n", flush=True)
-        kernels = [sys.executable, "tests/bench_kernels.py"]
-        done = subprocess.run(kernels, cwd=ROOT, capture_output=True, text=True)
+        done = ran("tests/bench_kernels.py")
         print(done.stdout if done.returncode == 0 else f"FAILED: {done.stderr}")
-        failed.extend([kernels] * (done.returncode != 0))
     sizes = [f"--{name}={getattr(args, name)}" for name in ("cap", "rows", "length", "decode")]
     tables = [(DECODING, ["decode"] * bool(args.rows)), (STEPS, args.algos)]
     for head, parts in tables:

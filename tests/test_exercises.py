@@ -77,8 +77,8 @@ def last():
 
 def test_a_starter_has_no_answers(tmp_path, monkeypatch):
     """Claim: every function of the chosen exercises raises, no other function does, all files compile; neither LOG.md
-    nor the history is there. A folder that exists is left alone.
-    Fails if: PARTS has LOG.md, or write_starter empties all exercises whatever is chosen.
+    nor the history is there, nor a test of what is left out. A folder that exists is left alone.
+    Fails if: PARTS has LOG.md, or write_starter empties all exercises whatever is chosen, or keeps test_exercises.py.
     """
     monkeypatch.chdir(tmp_path)
     assignment.main(["s", "--exercises", "3,14"])
@@ -88,6 +88,7 @@ def test_a_starter_has_no_answers(tmp_path, monkeypatch):
         empty += re.findall(r'raise NotImplementedError\("(exercise .*)"\)', file.read_text())
     assert sorted(empty) == ["exercise 14: gradient_kernel", "exercise 14: gradient_twin", "exercise 3: append"]
     assert not Path("s/LOG.md").exists() and not Path("s/.git").exists() and Path("s/AGENTS.md").exists()
+    assert Path("s/tests/test_searchr1.py").exists() and not Path("s/tests/test_exercises.py").exists()
     assert "exists already" in refused(assignment.main, ["s"])
     assert "there is no 99, only 1 to 16" in refused(assignment.main, ["t", "--exercises", "1,99"])
     assert "give numbers" in refused(assignment.main, ["t", "--exercises", "x"])

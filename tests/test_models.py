@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import bench_gpu
 import models
@@ -279,6 +279,16 @@ def test_predicted_weights_adapters_and_optimiser_states_are_the_tensors_bytes(t
     assert memory["gradients"] == total(masters)
     states = [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
     assert memory["Adam"] == total(t for t in states if t.dim())  # without the number of steps, 4 bytes a tensor
+
+
+def test_memory_is_predicted_for_a_config_that_does_not_say_how_wide_the_mlp_is():
+    """Claim: GPT-2's config has no intermediate_size; its MLP is four times as wide as the model, and counted so.
+    Fails if: predict_memory reads c.intermediate_size alone, or takes another width.
+    """
+    policy = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=50))
+    unsaid = predict_memory(policy, train.Config())
+    policy.config.intermediate_size = policy.transformer.h[0].mlp.c_fc.nf
+    assert predict_memory(policy, train.Config()) == unsaid
 
 
 @pytest.mark.parametrize("rank, checkpointing, kind", [(0, False, "Qwen2"), (4, False, "Qwen3"), (4, True, "Llama")])

@@ -624,8 +624,16 @@ def test_group_advantages_ignore_shift_and_scale_and_equal_rewards_give_zero():
     torch.testing.assert_close(s.group_advantages(3 * r + 7, 5), got, atol=1e-5, rtol=0)
     torch.testing.assert_close(s.group_advantages(r, 5, normalize_std=False)[4], torch.tensor(0.8))
     assert s.group_advantages(r, 1).tolist() == r.tolist()  # a group of one: the raw reward
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError):  # in whatever words a student chooses
         s.group_advantages(r, 3)
+
+
+def test_a_batch_that_is_no_whole_groups_is_named():
+    """Claim: the message names the size of the groups.
+    Fails if: it leaves out group_size.
+    """
+    with pytest.raises(ValueError, match="groups of 3"):
+        s.group_advantages(torch.zeros(8), 3)
 
 
 # ----- 8. Losses (Eq. 2, Eq. 3) -----

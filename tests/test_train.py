@@ -1443,6 +1443,7 @@ MISTAKES = [
     ("--algo dpo", "invalid choice"),
     ("--device gpu", "invalid choice"),
     *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda: torch finds none here")]),
+    *([] if torch.mps.is_available() else [("--device mps", "--device mps: torch finds none here")]),
     ("--stepz 3", "unrecognized arguments: --stepz"),
     ("--temperature 0", "--temperature 0.0"),
     ("--kl-coef -1", "--kl-coef -1.0: cannot be negative"),
