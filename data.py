@@ -534,6 +534,8 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
         # PITFALL: .to(bfloat16) would round the frequencies of the positions, too.
         policy = AutoModelForCausalLM.from_config(config, dtype=policy.dtype)
         policy.load_state_dict(state)
+    if not hasattr(policy.config, "hidden_size"):
+        raise Mistake(f"{path}: a {type(policy).__name__} is not a model of text alone, which is all we support")
     policy = policy.to(device).eval()
     # Rollout and training compute logits as head(hidden). A model that scales or caps its logits is another policy.
     ids, head = torch.arange(4, device=device)[None], policy.get_output_embeddings()
@@ -547,8 +549,11 @@ def load_settings(checkpoint, real=False):
     """Checkpoint -> (Settings of its conversations, the rest of search_r1.json as a dict: world_seed, corpus, encoder,
     method, base). Without that file: the paper's settings if it is asked about `real` data, else the tiny world's."""
     file = Path(checkpoint) / "search_r1.json"
-    saved = json.loads(file.read_text()) if file.exists() else asdict(Settings() if real else TINY_SETTINGS)
-    settings = Settings(**{f.name: saved.pop(f.name, f.default) for f in fields(Settings)})  # a field may be younger
+    try:
+        saved = json.loads(file.read_text()) if file.exists() else asdict(Settings() if real else TINY_SETTINGS)
+        settings = Settings(**{f.name: saved.pop(f.name, f.default) for f in fields(Settings)})  # a field may be younger
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Mistake(f"{file} is damaged: {error}; without it the conversation has default settings") from None
     about = {"world_seed": 0, "corpus": None, "encoder": "hashed", "base": None}
     return settings, about | {"method": "search-r1" if settings.do_search else "r1"} | saved
 

@@ -79,7 +79,7 @@ def bootstrap_interval(values, samples=2000, seed=0):
     means = torch.stack([values_n[draw()].mean() for _ in range(samples)])
     return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
-# ----- 2. The methods of the paper's Table 2 (Sec. 4) -----
+# ----- 2. The methods of the paper (Table 2, Sec. 4) -----
 # A method is a generator as engine.Talk takes it, over an empty Rollout r that holds its question: method(r, tokenizer,
 # settings, ends). In the end r records all calls of the model; prompts (ours [D15]) have mask False.
 
@@ -385,7 +385,10 @@ def read_runs(folders):
 def read_log(file):
     """Yield the records of JSON lines. Half a line at the end is left out: the run is writing it, or was killed."""
     with open(file) as lines:  # one by one: the log of a long run takes megabytes
-        yield from (json.loads(line) for line in lines if line.endswith("\n"))
+        try:
+            yield from (json.loads(line) for line in lines if line.endswith("\n"))
+        except ValueError as error:
+            raise Mistake(f"{file} has a line that is no JSON: {error}") from None
 
 def curve(members, name):
     """Records of one or several runs -> list of (step, mean, lowest, highest) of a metric, at steps that all of them

@@ -35,6 +35,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from array import array
 from collections import Counter
@@ -80,6 +81,15 @@ class Passage:
     @property
     def contents(self):
         return f'"{self.title}"\n{self.text}'
+
+@contextlib.contextmanager
+def undamaged(file):
+    """Turn whatever reading a damaged file of an index raises in here into a ValueError with the file's name."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        why = (str(error) or repr(error)).splitlines()[-1]
+        raise ValueError(f"{file} cannot be read, remove it and build again: {why}") from None
 
 @contextlib.contextmanager
 def written_whole(path, mode="w"):
@@ -329,7 +339,7 @@ class BM25:
         """Count the words of the passages. `file` keeps the arrays: if it is there already, they are read from it."""
         self.n = len(passages)
         if file and file.exists():
-            with np.load(file) as saved:
+            with undamaged(file), np.load(file) as saved:
                 self.starts, self.rows, self.weights = saved["starts"], saved["rows"], saved["weights"]
                 self.vocabulary = {word: i for i, word in enumerate(saved["vocabulary"].tobytes().decode().split("\n"))}
             return
@@ -352,6 +362,7 @@ class BM25:
                 np.savez(out, vocabulary=vocabulary, starts=self.starts, rows=self.rows, weights=self.weights)
 
     def rank(self, queries, k):
+        """S str -> (scores, rows), [S, k], as every ranker; of equal scores the first rows."""
         scores_SK, rows_SK = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1)
         for i, query in enumerate(queries):
             score_N = np.zeros(self.n, np.float32)
@@ -469,25 +480,26 @@ def load_engine(folder, bm25=False, device=None):
     device: of an encoder and, if that is a GPU, of a small Flat index; by default a GPU, if there is one.
     ValueError with the reason if index, passages and encoder do not belong together."""
     folder = Path(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    passages = PassageFile(folder / manifest["corpus"], np.load(folder / "offsets.npy"))
-    if checksum(passages) != manifest["checksum"]:
+    with undamaged(folder / "manifest.json"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        corpus, digest, name, kind = (manifest[key] for key in ("corpus", "checksum", "encoder", "index"))
+    with undamaged(folder / "offsets.npy"):
+        passages = PassageFile(folder / corpus, np.load(folder / "offsets.npy"))
+    if checksum(passages) != digest:
         raise ValueError(f"{folder}: {passages.file.name} is not the file that was indexed: build again")
-    if bm25 or manifest["encoder"] == "bm25":
+    if bm25 or name == "bm25":
         return SearchEngine(passages, BM25(passages, folder / "bm25.npz"))
-    encoder = make_encoder(manifest["encoder"], passages, folder / "words.json", device)
-    try:
+    encoder = make_encoder(name, passages, folder / "words.json", device)
+    with undamaged(folder / "index.faiss"):
         index = faiss.read_index(str(folder / "index.faiss"))
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: index.faiss cannot be read, build again: {str(error).splitlines()[-1]}") from None
     if (index.ntotal, index.d) != (len(passages), encoder.dim):
         raise ValueError(f"{folder}: index.faiss holds {index.ntotal} x {index.d}, not {len(passages)} x {encoder.dim}")
     if not np.allclose(encoder.encode_queries([PROBE])[0, :8], manifest["probe"], atol=0.01):
-        raise ValueError(f"{folder}: {manifest['encoder']} is not the encoder that made this index")
+        raise ValueError(f"{folder}: {name} is not the encoder that made this index")
     engine, size = SearchEngine(passages, Dense(encoder, index)), 2 * len(passages) * encoder.dim
     if encoder.device.startswith("cuda"):
         engine.bytes_on_card = ENCODER_BYTES
-        if manifest["index"] == "Flat" and size <= CARD_BYTES:
+        if kind == "Flat" and size <= CARD_BYTES:
             engine.ranker.index = FlatOnCard(index, encoder.device)
             engine.bytes_on_card += size
     return engine

@@ -398,7 +398,7 @@ def whiten(x, mask):
 def group_advantages(rewards, group_size, normalize_std=True):
     """[GRPO, DeepSeekMath Sec. 4.1.2] (r - mean) / (std + 1e-6) within each group of consecutive rewards; [B] -> [B].
     std is unbiased (G - 1), as in the official code. Equal rewards give exactly 0. A group of one has no baseline: its
-    advantage is its reward, as in the paper's Table 8. ValueError if B is no multiple of group_size."""
+    advantage is its reward [Table 8]. ValueError if B is no multiple of group_size."""
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
     if group_size == 1:

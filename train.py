@@ -63,6 +63,7 @@ from searchr1 import (HARMLESS, INVALID_MESSAGES, PROMPTS, Rollout, Settings, be
 
 flag = lambda default, help: field(default=default, metadata={"help": help})
 FINE_TUNING = ("sft", "rejection", "format")  # these imitate; all other algorithms learn from a reward
+LATER = 10**6  # steps from a step to those whose questions replace its own; more than any run has
 
 @dataclass
 class Config:
@@ -167,8 +168,8 @@ def train(config, policy, task):
             rng = random.Random(f"{config.seed} step {step}")
             costs = Costs(device)
 
-            # Phase 1. Questions; with --redraws also those of steps beyond the last, for groups of equal rewards [D10].
-            questions, *others = [task.draw(step + k * config.steps, record) for k in range(1 + config.redraws)]
+            # Phase 1. Questions; with --redraws also those of much later steps, for groups of equal rewards [D10].
+            questions, *others = [task.draw(step + k * LATER, record) for k in range(1 + config.redraws)]
 
             # Phase 2. Rollouts [Alg. 1]. A group's members stand side by side: a rollout's place tells its group.
             rollouts, redrawn = write(questions, others, generator, rng)
@@ -820,6 +821,7 @@ def check_config(c):
     wrong = {f"{given(name)}: must be above 0": not getattr(c, name) > 0 for name in POSITIVE}
     wrong |= {f"{given(name)}: cannot be negative": not getattr(c, name) >= 0 for name in NOT_NEGATIVE}
     wrong |= {
+        f"{given('seed')}: must lie within 10**12 of 0": abs(c.seed) > 10**12,
         f"{given('adam_beta2')}: must be at least 0 and below 1": not 0 <= c.adam_beta2 < 1,
         "--preset real needs --model, --train-data and --corpus": c.preset == "real" and not c.model,
         "--model, --train-data and --corpus go together": not bool(c.model) == bool(c.train_data) == bool(c.corpus),
@@ -843,19 +845,21 @@ def check_config(c):
 def resumed_config(given):
     """--resume DIR -> the run's saved Config, with what RESUME_MAY_CHANGE from the command line."""
     folder = given["resume"]
-    try:
-        saved = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    if (Path(folder) / "search_r1.json").exists():
+        raise Mistake(f"--resume {folder}: that is a checkpoint; give its run, {Path(folder).absolute().parent}")
+    try:  # a flag may be younger than the run
+        saved = {"until_learned": False} | json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError, TypeError) as error:
         raise Mistake(f"--resume: {folder} is no folder of a run: {error}") from None
     if data.checkpoints(folder) and not data.checkpoints(folder, "trainer_state.pt"):
         raise Mistake(f"--resume: no checkpoint in {folder} has the trainer_state.pt that it takes to continue")
     if unknown := set(saved) - {f.name for f in fields(Config)}:
         raise Mistake(f"{folder} was made by another version, with flags that are gone: {', '.join(sorted(unknown))}")
-    saved = asdict(Config()) | {"until_learned": False} | saved  # a flag may be younger than the run
-    for name in set(given) - {"resume", "output_dir"} - RESUME_MAY_CHANGE:
+    saved = asdict(Config()) | saved | {"resume": folder, "output_dir": folder}
+    for name in set(given) - RESUME_MAY_CHANGE:
         if given[name] != saved[name]:
             raise Mistake(f"--resume goes on with --{name.replace('_', '-')} {saved[name]}, not with {given[name]}")
-    return check_config(Config(**(saved | given | {"resume": folder, "output_dir": folder})))
+    return check_config(Config(**(saved | given)))
 
 def main(argv=None):
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which the newer one would override

@@ -84,7 +84,9 @@ def write_starter(out, numbers):
     for file, functions in by_file(numbers).items():
         (out / file).write_text(emptied((ROOT / file).read_text("utf-8"), functions), "utf-8")
     (out / "AGENTS.md").write_text(AGENTS)
-    (out / "ASSIGNMENT.md").write_text(f"Exercises {', '.join(map(str, numbers))} of:\n\n```\n{table()}\n```\n")
+    exercises = f"Exercises {', '.join(map(str, numbers))} of:\n\n```\n{table()}\n```\n"
+    left_out = "\n`LOG.md`, which the texts refer to, is not part of this folder: it tells the solutions.\n"
+    (out / "ASSIGNMENT.md").write_text(exercises + left_out)
 
 
 def main(argv=None):

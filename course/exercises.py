@@ -118,7 +118,7 @@ EXERCISES = [
     ),
     Exercise(
         ("retrieval.BM25.rank",), 30, 6, "retrieval.py, the docstring of BM25",
-        (R + "test_bm25_is_the_formula",),
+        (R + "test_bm25_is_the_formula", R + "test_of_passages_that_tie_bm25_takes_the_first"),
         ("Word w owns a slice of two arrays: in which passages it stands, and what it weighs there.",
          "Add up one score a passage; a word that the query repeats counts as often.",
          "np.partition gives the k-th best score. Order what reaches it by score, then by row; drop scores of 0."),
@@ -169,10 +169,11 @@ def chosen(text, flag="--exercises", count=len(EXERCISES)):
     """"1-3,7" -> [1, 2, 3, 7]; "" -> all. Mistake for a number that is not from 1 to `count`."""
     numbers = []
     for piece in text.split(",") if text else [f"1-{count}"]:
-        first, _, last = piece.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+        first, dash, last = piece.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise Mistake(f"{flag} {text}: give numbers like 1-3,7")
-        numbers += range(int(first), int(last or first) + 1)
+        numbers += range(int(first), int(last) + 1)
     if wrong := [n for n in numbers if not 1 <= n <= count]:
         raise Mistake(f"{flag} {text}: there is no {wrong[0]}, only 1 to {count}")
     return sorted(set(numbers))
@@ -187,16 +188,16 @@ def table():
 
 
 def main(argv=None):
-    parser = Parser(description="Print the exercises, or hints for one of them.")
-    parser.add_argument("exercise", nargs="?", help="a number")
+    parser = Parser(description="Print the exercises, or hints for some of them.")
+    parser.add_argument("exercise", nargs="?", help="a number, or like 1-3,7")
     parser.add_argument("--hint", type=int, choices=(1, 2, 3), default=1, help="how many hints (default: 1)")
     args = parser.parse_args(argv)
     if not args.exercise:
         return print(table())
-    (number,) = chosen(args.exercise)[:1]
-    exercise = EXERCISES[number - 1]
-    print(f"{number}. {', '.join(exercise.functions)}    read: {exercise.read}")
-    print("\n".join(f"   {hint}" for hint in exercise.hints[: args.hint]))
+    for number in chosen(args.exercise, "exercise"):
+        exercise = EXERCISES[number - 1]
+        print(f"{number}. {', '.join(exercise.functions)}    read: {exercise.read}")
+        print("\n".join(f"   {hint}" for hint in exercise.hints[: args.hint]))
 
 
 if __name__ == "__main__":

@@ -223,7 +223,8 @@ for each a test in `tests/test_hunt.py` that is red before and green after.
 - The tests were taken away on purpose, and so were the comments right above the three lines. `tests/conftest.py` is
   still there: small models, batches, scripted conversations.
 - Ask yourself of each mistake what a run would look like, and which metric would show it first.
-- Do not look into the hints of the exercises: some of them tell.
+- Do not look into the hints of the exercises: some of them tell. A clean copy of the project tells everything:
+  a mistake counts with its test and a sentence of your own about what it does.
 
 This is hunt {mark}.
 """
@@ -274,7 +275,7 @@ def write_bughunt(out, seed):
 
 
 def grade_bughunt(folder, seed, seconds):
-    """A student's bug hunt and its seed -> list of {file, lesson, red: is the mistake still there?}. A mistake can turn
+    """A student's bug hunt and its seed -> list of {file, lesson, red: what its test says, or None}. A mistake can turn
     the test of another one red, too. So each is tested alone: where the others were planted, the functions are ours."""
     handout = Path(folder) / "HUNT.md"
     if not handout.exists() or mark(seed) not in handout.read_text("utf-8"):
@@ -287,7 +288,7 @@ def grade_bughunt(folder, seed, seconds):
             if (file, function) != own:
                 ours.setdefault(file, []).append(function)
         error = run_tests(folder, [bug.test], seconds, ours)[bug.test]
-        results.append({"file": bug.file, "lesson": bug.lesson, "red": error is not None})
+        results.append({"file": bug.file, "lesson": bug.lesson, "red": error})
     return results
 
 

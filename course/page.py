@@ -190,7 +190,8 @@ def base_of(args):
     """Folder or hub id of the checkpoint to show before training: --before, or what CHECKPOINT was trained from."""
     base = args.before or load_settings(args.checkpoint)[1]["base"]
     if not base:
-        raise Mistake(f"{args.checkpoint} does not say what it was trained from; give --before DIR")
+        says = "does not say" if Path(args.checkpoint).exists() else "is no folder here, so nothing says"
+        raise Mistake(f"{args.checkpoint} {says} what it was trained from; give --before DIR")
     if not base.endswith(".gguf"):
         data.fetch(base, "config.json", Path(base) / "config.json", "model")
     return base

@@ -15,7 +15,7 @@ from data import Mistake, Parser, run_main
 
 FILES = ("searchr1.py", "train.py", "engine.py", "models.py", "kernels.py", "data.py", "eval.py", "retrieval.py")
 KNOWN = [f"Eq. {n}" for n in range(1, 5)] + ["Sec. 3.1", "Sec. 3.2", "Sec. 3.4", "Sec. 4"]
-KNOWN += [f"Table {n}" for n in (1, 4)] + ["Algorithm 1"] + [f"Alg. 1 l. {n}" for n in range(1, 12)]
+KNOWN += [f"Table {n}" for n in (1, 2, 4, 8)] + ["Algorithm 1"] + [f"Alg. 1 l. {n}" for n in range(1, 12)]
 KNOWN += [f"D{n}" for n in range(1, 19)]
 GROUP = re.compile(r"\[([^][\n]*)\]|^# -----.*\((.*)\) -----$", re.MULTILINE)
 TAG = re.compile(r"Eq\.|Sec\.|Table|Alg|D\d")  # a tag of another paper begins with its name: "PPO Eq. 7"

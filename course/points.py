@@ -29,7 +29,11 @@ def read_points(path):
     if rows.fieldnames != COLUMNS:
         raise Mistake(f"{path} holds no points of runs: its columns are not {', '.join(COLUMNS)}")
     for row in rows:
-        runs.setdefault(row["run"], []).append({"step": int(row["step"]), row["metric"]: float(row["value"])})
+        try:
+            point = {"step": int(row["step"]), row["metric"]: float(row["value"])}
+        except (ValueError, TypeError):  # TypeError: a row that is too short
+            raise Mistake(f"{path} line {rows.line_num}: step and value must be numbers") from None
+        runs.setdefault(row["run"], []).append(point)
     return runs
 
 

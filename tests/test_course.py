@@ -541,6 +541,7 @@ def test_a_page_is_written_whole_or_not_at_all(trained, monkeypatch, capsys):
     [
         ("", "CHECKPOINT, FILE"),
         ("was x.html", "was does not say what it was trained from; give --before DIR"),
+        ("typo x.html", "typo is no folder here, so nothing says what it was trained from"),
         ("lost x.html", "gone/config.json is not there and cannot be downloaded"),
         ("ck gone/x.html", "cannot write gone/x.html: no such folder"),
         ("ck .", "cannot write .: a folder"),
@@ -711,6 +712,8 @@ def test_the_table_of_real_models_knows_what_was_trained_and_for_how_long(tmp_pa
     assert "bad.json was not written by" in refused(lambda: real.main(["--paired", "a.json", "bad.json"]), capsys)
     Path("other.csv").write_text("method,seed\ncot,0\n")
     assert "other.csv is another table" in refused(lambda: real.main(["other.csv", "3.json"]), capsys)
+    Path("torn.csv").write_text("run,step,metric,value\na,1,reward/mean,0.5\na,2\n")
+    assert "torn.csv line 3: step and value must be numbers" in refused(lambda: points.main(["torn.csv"]), capsys)
     assert "other.csv holds no points" in refused(lambda: points.main(["other.csv", "--output", "x.png"]), capsys)
     assert "ends in .png" in refused(lambda: points.main(["other.csv", "--output", "x.txt"]), capsys)
 

@@ -12,7 +12,7 @@ import filelock
 import huggingface_hub
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 import data
 import searchr1
@@ -653,8 +653,10 @@ def test_a_gguf_file_is_unpacked_into_a_plain_model(tmp_path, tokenizer, monkeyp
 
 def test_a_head_that_is_not_linear_is_refused(tmp_path, tokenizer, model, monkeypatch):
     """Claim: a model whose logits are not head(hidden), or whose head has a bias, is refused: rollout and trainer would
-    work with another policy. So is a file of weights that is not whole.
-    Fails if: load_checkpoint does not compare, does not look at head.bias, or catches no SafetensorError.
+    work with another policy. So are a file of weights that is not whole, and a model of text and images (Gemma 3),
+    whose config has no hidden_size.
+    Fails if: load_checkpoint does not compare, does not look at head.bias, nor for hidden_size, or catches no
+    SafetensorError.
     """
     model.save_pretrained(tmp_path / "half"), tokenizer.save_pretrained(tmp_path / "half")
     (tmp_path / "half/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
@@ -667,6 +669,9 @@ def test_a_head_that_is_not_linear_is_refused(tmp_path, tokenizer, model, monkey
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "from_pretrained", classmethod(lambda *_, **__: model))
         with pytest.raises(Mistake, match="not one linear map"):
+            data.load_checkpoint(str(tmp_path))
+        patch.setattr(model, "config", Gemma3Config())
+        with pytest.raises(Mistake, match="is not a model of text alone"):
             data.load_checkpoint(str(tmp_path))
 
     def capped(self, input_ids, **_):

@@ -737,17 +737,27 @@ def test_the_default_method_is_what_the_checkpoint_was_trained_for(files, asked)
         ("--checkpoint ck --json no/such/folder.json", "cannot write no/such/folder.json"),
         ("--plot nowhere", "has no metrics.jsonl"),
         ("--plot empty", "nothing to draw"),
+        ("--plot torn", "torn/metrics.jsonl has a line that is no JSON"),
+        ("--checkpoint bad", "bad/search_r1.json is damaged"),
+        ("--checkpoint listed", "listed/search_r1.json is damaged"),
         ("--plot empty --output curves.xyz", "--output curves.xyz: a picture ends in .png"),
         ("--nonsense", "unrecognized"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(checkpoint, capsys, flags, message):
     """Claim: as for train.py.
-    Fails if: load_checkpoint lets transformers' error through, or plot_runs does not ask whether there are curves.
+    Fails if: load_checkpoint lets transformers' error through, plot_runs does not ask whether there are curves, or
+    read_log or load_settings lets an error of JSON through.
     """
     Path("q.jsonl").write_text('{"id": "1", "question": "who?", "golden_answers": ["x"]}\n')
     Path("bare.jsonl").write_text('{"id": "1", "question": "who?"}\n')
-    for folder, file, text in (("odd", "config.json", '{"model_type": "odd"}'), ("empty", "metrics.jsonl", "")):
+    for folder, file, text in (
+        ("odd", "config.json", '{"model_type": "odd"}'),
+        ("empty", "metrics.jsonl", ""),
+        ("torn", "metrics.jsonl", '{"step": 0\n'),
+        ("bad", "search_r1.json", "{"),
+        ("listed", "search_r1.json", "[]"),
+    ):
         Path(folder).mkdir()
         Path(folder, file).write_text(text)
     with pytest.raises(SystemExit) as stopped:

@@ -123,6 +123,48 @@ def test_the_tests_run_on_the_students_functions_and_leave_nothing_behind(tmp_pa
     assert {file: file.read_bytes() for file in Path("s").rglob("*") if file.is_file()} == before
 
 
+def test_a_script_that_python_cannot_read_is_named_with_its_line(tmp_path, monkeypatch):
+    """Claim: an exercise counts as empty while the starter's raise is its first statement; a solution written above the
+    raise is tried. A script that does not parse is named with its line, without a test being run, and spoils no
+    exercise of another script. A file that is no UTF-8 is one line.
+    Fails if: unfinished takes any raise in the body, solved() keeps a broken script that holds none of the exercises
+    that are graded, or run_tests does not look at does_not_parse.
+    """
+    monkeypatch.chdir(tmp_path)
+    assignment.main(["s", "--exercises", "1,5,13"])
+    script, mean = Path("s/searchr1.py"), "torch.where(mask.bool(), x, 0.0).sum() / mask.sum().clamp_min(1)"
+    left = 'raise NotImplementedError("exercise 5: token_mean")'
+    script.write_text(script.read_text().replace(left, f"return {mean}\n    {left}"))
+    assert [n for n in range(1, 17) if grade.unfinished("s", n)] == [1, 13]
+    broken = script.read_text().replace('raise NotImplementedError("exercise 1: parse_action")', "return Action(")
+    script.write_text(broken)
+    assert [n for n in range(1, 17) if grade.unfinished("s", n)] == [13]
+    line = broken[: broken.index("return Action(\n")].count("\n") + 1
+    verdicts = grade.run_tests("s", exercises.EXERCISES[0].tests, 0.01, assignment.by_file(range(2, 17)))
+    assert list(verdicts.values()) == [f"searchr1.py line {line}: '(' was never closed"]
+    functions = assignment.by_file(n for n in range(1, 17) if n != 13)["searchr1.py"]
+    assert grade.solved("s", "searchr1.py", functions) == (ROOT / "searchr1.py").read_text()
+    script.write_bytes(b"# caf\xe9\n")
+    assert "searchr1.py is not UTF-8 text" in refused(grade.main, ["s"])
+
+
+def test_in_a_starter_a_test_waits_for_an_exercise_that_is_empty(capsys):
+    """Claim: where the only red tests meet another exercise's empty function, that one is named, and neither claim nor
+    hint blames the student; a mistake of their own comes first.
+    Fails if: waits_for does not compare the numbers, or show takes the first red test whatever it says.
+    """
+    waiting = {"test": "test_x.py::test_a", "claim": "one", "error": "NotImplementedError: exercise 9: kl_k3"}
+    own = {"test": "test_x.py::test_b", "claim": "two", "error": "assert 1 == 2"}
+    result = {"number": 3, "functions": ["f"], "points": 4, "earned": 0}
+    grade.show([result | {"red": [waiting]}])
+    out = capsys.readouterr().out
+    assert "test_x.py::test_a waits for exercise 9: kl_k3" in out and "claim" not in out and "hint" not in out
+    grade.show([result | {"red": [waiting, own]}])
+    assert "claim: two" in capsys.readouterr().out
+    grade.show([result | {"number": 9, "red": [waiting]}])
+    assert "claim: one" in capsys.readouterr().out
+
+
 def test_one_wrong_exercise_does_not_spoil_another(tmp_path, monkeypatch, capsys):
     """Claim: what is red among the student's own functions is run again with all the others ours, and that counts. What
     is empty earns nothing and runs nothing. The claim and the first hint are printed for what is red.
@@ -203,8 +245,9 @@ def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, mo
 
     monkeypatch.setattr(mutants, "run_tests", red)
     assert grade.main(["hunt", "--bughunt", "ada"]) == 1
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.startswith("NOT mended") for line in lines] == [False, True, False]
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.startswith("NOT mended") for line in lines] == [False, True, False, False] and lines[2].endswith(" red")
+    assert "do not go together" in refused(grade.main, ["hunt", "--bughunt", "ada", "--exercises", "1"])
     others = lambda i: sorted(mutants.place(bug) for k, bug in enumerate(bugs) if k != i)
     assert ours == [([bug.test], others(i)) for i, bug in enumerate(bugs)]
     assert "is not of the bug hunt with the seed Ada" in refused(grade.main, ["hunt", "--bughunt", "Ada"])
@@ -213,8 +256,10 @@ def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, mo
 def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, world, engine):
     """Claim: a run passes whose log is whole, reaches the bar on as many questions as by default, and whose checkpoint
     answers its world's questions as the log says. Better numbers in the log, a missing step, a run that ended early,
-    one judged on few questions, and another world's checkpoint or whole run are named.
-    Fails if: grade_run compares the log with itself, or does not look at eval_limit, or at one of the three worlds.
+    one judged on few questions, another world's checkpoint or whole run, and conversations about another world's
+    questions are named. Files that hold something else are one line.
+    Fails if: grade_run compares the log with itself, or does not look at eval_limit, at samples.jsonl, or at one of the
+    three worlds, or catches no TypeError.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "task", lambda seed: (world.test, engine, world))
@@ -227,6 +272,8 @@ def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, 
     settings = {"world_seed": 0, "method": "search-r1"} | vars(data.TINY_SETTINGS)
     Path(ck, "search_r1.json").write_text(json.dumps(settings))
     Path("run/config.json").write_text(json.dumps(vars(config)))
+    sample = json.dumps({"step": 0, "question": world.test[0].text}) + "\n"
+    Path("run/samples.jsonl").write_text(sample)
 
     def graded(em=0.0, steps=(0, 1, 2)):
         lines = [{"step": s, "eval/em_1hop": em, "eval/em_2hop": 0.0} for s in steps]
@@ -241,14 +288,20 @@ def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, 
     assert graded() == []
     assert graded(em=1.0) == ["the checkpoint gives eval/em_1hop"]
     assert graded(steps=(0, 2)) == ["every step is in the log, once"]
+    Path("run/samples.jsonl").write_text(sample.replace(world.test[0].text, world.train[0].text))
+    assert graded() == ["samples.jsonl has questions of this world"]
+    Path("run/samples.jsonl").write_text(sample)
     Path("bar.json").write_text('{"tiny/grpo": {"eval/em_1hop": 0.95}}')
     assert graded() == ["eval/em_1hop is at least 0.95"]
     Path(ck, "search_r1.json").write_text(json.dumps(settings | {"world_seed": 5}))
     assert "it is of world 0" in graded()
     Path("run/config.json").write_text(json.dumps(vars(config) | {"eval_limit": 2, "steps": 9}))
     assert {"evaluated with --eval-limit 8", "its last checkpoint is there"} < set(graded())
+    for text in ("[]", "{", '{"steps": "9"}'):
+        Path("run/config.json").write_text(text)
+        assert "is not the folder of a run" in refused(grade.main, ["--run", "run"])
     assert "is not the folder of a run" in refused(grade.main, ["--run", "nowhere"])
-    assert "leave out --exercises and --bughunt" in refused(grade.main, ["--run", "nowhere", "--bughunt", "ada"])
+    assert "do not go together" in refused(grade.main, ["--run", "nowhere", "--bughunt", "ada"])
 
 
 # ----- The map -----

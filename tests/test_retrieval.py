@@ -546,9 +546,10 @@ def test_an_index_on_disk_answers_like_the_one_in_memory(corpus, tmp_path, encod
 
 def test_an_index_that_does_not_belong_is_refused_with_the_reason(corpus, tmp_path):
     """Claim: an edited corpus, another encoder under the same name and another index file each give a ValueError that
-    says which. A missing corpus and a folder without an index are a file that is not found.
-    Fails if: checksum leaves out the sample of lines (an edit that moves nothing would pass), or load_engine does not
-    compare the probe.
+    says which; so do damaged files of the index. A missing corpus and a folder without an index are a file that is not
+    found.
+    Fails if: checksum leaves out the sample of lines (an edit that moves nothing would pass), load_engine does not
+    compare the probe, or `undamaged` loses one of its errors.
     """
     name = tiny_bert(tmp_path, "encoder")
     build(corpus, tmp_path / "index", {"encoder": name})
@@ -564,11 +565,23 @@ def test_an_index_that_does_not_belong_is_refused_with_the_reason(corpus, tmp_pa
     with pytest.raises(ValueError, match="is not the encoder that made this index"):
         load_engine(tmp_path / "index")
     (tmp_path / "index/index.faiss").write_bytes(b"IxFI")
-    with pytest.raises(ValueError, match="index.faiss cannot be read, build again"):
+    with pytest.raises(ValueError, match="index.faiss cannot be read, remove it and build again"):
         load_engine(tmp_path / "index")
     faiss.write_index(faiss.IndexFlatIP(7), str(tmp_path / "index/index.faiss"))
     with pytest.raises(ValueError, match="index.faiss holds 0 x 7"):
         load_engine(tmp_path / "index")
+    for file, texts in (
+        ("bm25.npz", (b"", b"PK\x03\x04", b"x")),
+        ("offsets.npy", (b"", b"x")),
+        ("manifest.json", (b"{", b"[]", b"{}")),
+    ):
+        path = tmp_path / "index" / file
+        whole = path.read_bytes() if path.exists() else b""
+        for text in texts:
+            path.write_bytes(text)
+            with pytest.raises(ValueError, match=f"{file} cannot be read, remove it and build again: ."):
+                load_engine(tmp_path / "index", bm25=file == "bm25.npz")
+        path.write_bytes(whole)
     corpus.unlink()
     with pytest.raises(FileNotFoundError, match="passages.jsonl"):
         load_engine(tmp_path / "index")

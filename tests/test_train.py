@@ -134,7 +134,9 @@ def test_each_reward_pays_what_it_says(short_prompt, answer, em, f1):
 def test_groups_that_teach_nothing_make_way_for_new_questions(small_base, monkeypatch):
     """Claim: [DAPO] with --redraws N, groups of equal rewards are replaced by groups about other questions, N times at
     most; groups with a difference stay where they are, and what is trained has each rollout paid for its own question.
-    Fails if: write() replaces the other groups, or computes the rewards of the first rollouts only.
+    Which questions these are does not depend on the number of steps, which the cooldown and --steps change.
+    Fails if: write() replaces the other groups, or computes the rewards of the first rollouts only, or LATER is
+    config.steps.
     """
     rounds, rewards, trained = [], train.rewards, []
 
@@ -154,6 +156,9 @@ def test_groups_that_teach_nothing_make_way_for_new_questions(small_base, monkey
     assert [r.question.id for r in trained[::4]] == third
     line = metrics("run")[1]
     assert line["frac_reward_zero_std"] == pytest.approx(0.4) and line["redrawn_groups"] == 4 + 3
+    rounds.clear()
+    train.main(SMALL + ["--steps", "2", "--redraws", "2", "--output-dir", "longer"])
+    assert rounds[:3] == [first, second, third]
 
 
 # ----- Phase 4: log-probs and values -----
@@ -1448,6 +1453,8 @@ MISTAKES = [
     ("--temperature 0", "--temperature 0.0"),
     ("--kl-coef -1", "--kl-coef -1.0: cannot be negative"),
     ("--adam-beta2 1", "--adam-beta2 1.0"),
+    ("--seed 99999999999999999999", "--seed 99999999999999999999: must lie within"),
+    ("--seed -9999999999999", "--seed -9999999999999: must lie within"),
     ("--slots 2", "a group of 5"),
     ("--algo sft --group-size 5", "one example a question"),
     ("--kl exact --kl-in reward", "--kl exact is a loss"),
@@ -1468,6 +1475,9 @@ MISTAKES = [
     (FILES + " --max-length 100", "--max-length"),
     ("--resume nowhere", "nowhere is no folder of a run"),
     ("--resume bare", "no checkpoint in bare has the trainer_state.pt"),
+    ("--resume list/run --output-dir old", "goes on with --output-dir list/run, not with old"),
+    ("--resume bare/checkpoint-3", "that is a checkpoint; give its run, "),
+    ("--resume list", "list is no folder of a run"),
     ("--output-dir old", "holds a run already"),
     ("--algo format", "--algo format is the cold start of --preset laptop"),
     ("--algo format --preset laptop --no-search", "--algo format shows how to search"),
@@ -1488,6 +1498,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(real_shape, capsys, flags, messag
     Path("old/metrics.jsonl").touch()
     Path("bare/checkpoint-3").mkdir(parents=True)
     Path("bare/config.json").write_text("{}")
+    Path("bare/checkpoint-3/search_r1.json").write_text("{}")
+    Path("list/run/checkpoint-3").mkdir(parents=True)
+    Path("list/run/checkpoint-3/trainer_state.pt").touch()
+    for file, text in (("list/config.json", "[]"), ("list/run/config.json", "{}")):
+        Path(file).write_text(text)
     with pytest.raises(SystemExit) as stopped:
         run_main(lambda: train.main(flags.split()))
     error = capsys.readouterr().err.strip()
