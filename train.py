@@ -63,7 +63,6 @@ from searchr1 import (HARMLESS, INVALID_MESSAGES, PROMPTS, Rollout, Settings, be
 
 flag = lambda default, help: field(default=default, metadata={"help": help})
 FINE_TUNING = ("sft", "rejection", "format")  # these imitate; all other algorithms learn from a reward
-LATER = 10**6  # steps from a step to those whose questions replace its own; more than any run has
 
 @dataclass
 class Config:
@@ -168,8 +167,8 @@ def train(config, policy, task):
             rng = random.Random(f"{config.seed} step {step}")
             costs = Costs(device)
 
-            # Phase 1. Questions; with --redraws also those of much later steps, for groups of equal rewards [D10].
-            questions, *others = [task.draw(step + k * LATER, record) for k in range(1 + config.redraws)]
+            # Phase 1. Questions; with --redraws also those of steps no run has, for groups of equal rewards [D10].
+            questions, *others = [task.draw(step + k * 10**6, record) for k in range(1 + config.redraws)]
 
             # Phase 2. Rollouts [Alg. 1]. A group's members stand side by side: a rollout's place tells its group.
             rollouts, redrawn = write(questions, others, generator, rng)

@@ -135,8 +135,8 @@ def test_groups_that_teach_nothing_make_way_for_new_questions(small_base, monkey
     """Claim: [DAPO] with --redraws N, groups of equal rewards are replaced by groups about other questions, N times at
     most; groups with a difference stay where they are, and what is trained has each rollout paid for its own question.
     Which questions these are does not depend on the number of steps, which the cooldown and --steps change.
-    Fails if: write() replaces the other groups, or computes the rewards of the first rollouts only, or LATER is
-    config.steps.
+    Fails if: write() replaces the other groups, or computes the rewards of the first rollouts only, or the loop draws those
+    of `step + k * config.steps`.
     """
     rounds, rewards, trained = [], train.rewards, []
 
