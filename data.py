@@ -132,21 +132,21 @@ def two_hop_share(record):
     apart drifts to one search for every question, or to two, and then never tries the other number. The share works
     against that: 0.75 at 1.5 searches a question (the mean of both kinds), higher below 1.5, lower above it. It is
     lowered less if one-hop questions have the better EM, since a second search does not hurt them then. It also falls
-    by 0.25 as the policy learns to search once more for two hops (LOG.md, 28, 29, 31 and 32)."""
+    by 0.25 for each search that two-hop questions take more than one-hop ones (LOG.md, 28, 29, 31 and 32)."""
     one, two = (record.get(f"env/searches_{hops}hop", 1.5) for hops in (1, 2))
     lean = 1.5 - (one + two) / 2
     if lean < 0:
         lean *= 1 - max(0.0, record.get("env/em_1hop", 0.0) - record.get("env/em_2hop", 0.0))
     return min(0.9, max(0.2, 0.75 + lean - 0.25 * max(0.0, two - one)))
 
-def draw_questions(questions, count, two_hop_share, rng):
+def draw_questions(questions, count, share, rng):
     """Draw `count` questions: first the hops, then a relation (or a pair), then one of its questions. Drawn uniformly,
     six in ten one-hop questions would be about people: the policy could learn the number of searches by relation."""
     by_type = {}
     for question in questions:
         by_type.setdefault(question.path[1:], []).append(question)
     types = {hops: sorted(t for t in by_type if len(t) == hops) for hops in (1, 2)}
-    return [rng.choice(by_type[rng.choice(types[2 if rng.random() < two_hop_share else 1])]) for _ in range(count)]
+    return [rng.choice(by_type[rng.choice(types[2 if rng.random() < share else 1])]) for _ in range(count)]
 
 TAGS = [f"<{slash}{tag}>" for tag in ("question", "think", "search", "information", "answer") for slash in ("", "/")]
 THOUGHTS = ["i need to search", "not sure", "now i know", ""]
@@ -495,7 +495,7 @@ def weights_dtype(wish, device):
     """--dtype, device -> torch dtype. "auto": bf16 on a GPU that has it, else fp32; fp16 would need a scaled loss."""
     on_card = str(device).startswith("cuda")
     has_bf16 = not on_card or torch.cuda.is_bf16_supported(including_emulation=False)
-    if on_card and wish != "fp32" and not has_bf16:
+    if wish != "fp32" and not has_bf16:
         print("this GPU has no bf16: weights are fp32, twice the memory (adapters fit: --lora-rank 32)")
     return torch.bfloat16 if has_bf16 and (wish == "bf16" or (wish == "auto" and on_card)) else torch.float32
 
@@ -551,7 +551,7 @@ def load_settings(checkpoint, real=False):
     file = Path(checkpoint) / "search_r1.json"
     try:
         saved = json.loads(file.read_text()) if file.exists() else asdict(Settings() if real else TINY_SETTINGS)
-        settings = Settings(**{f.name: saved.pop(f.name, f.default) for f in fields(Settings)})  # a field may be younger
+        settings = Settings(**{f.name: saved.pop(f.name, f.default) for f in fields(Settings)})  # one may be younger
     except (ValueError, TypeError, AttributeError) as error:
         raise Mistake(f"{file} is damaged: {error}; without it the conversation has default settings") from None
     about = {"world_seed": 0, "corpus": None, "encoder": "hashed", "base": None}

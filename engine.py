@@ -86,7 +86,7 @@ class Slots:
         table = torch.tensor(table, device=self.device)
         rows_n, starts_n1, counts_n1, ids_nT = table[:, 0], table[:, 1:2], table[:, 2:3], table[:, 3:]
         steps_T = torch.arange(T, device=self.device)
-        positions_nT = starts_n1 + steps_T
+        positions_nT = starts_n1 + torch.minimum(steps_T, (counts_n1 - 1).clamp_min(0))  # padding stays within the row
         places_nT = torch.where(steps_T < counts_n1, positions_nT, self.capacity - 1)
         block = Block(self, rows_n, list(rows) == list(range(len(rows))), positions_nT, places_nT, width)
         return ids_nT, (counts_n1[:, 0] - 1).clamp_min(0), block
@@ -169,8 +169,8 @@ def replayed(slots, shape, block, ids_n1):
 def checked(policy, slots, shape, inputs, run, block, ids_n1):
     """Capture a step and compare its first replay with the plain step -> hidden states. If they differ by more than
     rounding, or if the capture fails, a line says so and these slots go on without graphs. The replay comes first:
-    after the plain step the new keys would be in place, whether the graph writes them or not. What a good graph gives
-    is returned, so that a token's rounding does not depend on whether its shape is new: a resumed run captures anew."""
+    after the plain step the new keys would be in place, whether the graph writes them or not. A good graph is replayed
+    once more for the result: a resumed run captures at other tokens, yet must give the same log-probs, bit for bit."""
     try:
         slots.steps[shape] = inputs, captured(run, slots)
         found, wrong = replayed(slots, shape, block, ids_n1).clone(), None
@@ -188,7 +188,7 @@ def checked(policy, slots, shape, inputs, run, block, ids_n1):
     return wanted if wrong else replayed(slots, shape, block, ids_n1)
 
 def captured(run, slots):
-    """run() -> tensor, as a function that replays it: a CUDA graph, or on a CPU run itself."""
+    """run: () -> tensor. Return a function that repeats it: the replay of a CUDA graph, or on a CPU `run` as it is."""
     if slots.device.type != "cuda":
         return run
     now = torch.cuda.current_stream(slots.device)
@@ -235,10 +235,10 @@ def feed(policy, slots, rows, blocks):
 # ----- 3. Sampling -----
 
 def sample(logits_nV, temperature, draws_n=None):
-    """[n, V] fp32 -> ids [n] and their log-probs [n] under softmax(logits / temperature); temperature 0 is greedy.
-    draws_n: a uniform number from [0, 1) a row, float64. The token is where the cumulated probabilities pass it. No
-    top-k, no top-p [D12]: what is sampled must be the distribution whose log-probs are trained. PITFALL: transformers'
-    generate(do_sample=True) cuts to the 50 most likely tokens unless told otherwise."""
+    """[n, V] fp32 -> ids [n] and their log-probs [n] under softmax(logits / temperature). Temperature 0 is greedy, with
+    log-probs at temperature 1. draws_n: a uniform number from [0, 1) a row, float64; the token is where the cumulated
+    probabilities pass it. No top-k, no top-p [D12]: what is sampled must be the distribution whose log-probs are
+    trained. PITFALL: transformers' generate(do_sample=True) cuts to the 50 most likely tokens unless told otherwise."""
     scaled_nV = logits_nV if temperature in (0, 1) else logits_nV / temperature
     logprobs_nV = torch.log_softmax(scaled_nV, dim=-1)
     if temperature == 0:
@@ -255,7 +255,7 @@ def sample(logits_nV, temperature, draws_n=None):
 def closing_ids(tokenizer, tags):
     """Ids of the tokens that can complete one of `tags`, whatever came before: text is decoded only after these.
     A tokenizer may spell `</search>` as one token, as `</`, `search`, `>`, or end it inside `>\\n\\n`. The piece that
-    completes it, up to one of its `>`, is a suffix of the tag or ends with the whole tag."""
+    completes the tag, cut after one of the piece's `>`, is a suffix of the tag or ends with the whole tag."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     pieces = [">" if piece == "<0x3E>" else piece or "" for piece in pieces]  # Gemma has a token for each byte
     heads = lambda piece: [piece[: at + 1] for at, character in enumerate(piece) if character == ">"]
@@ -266,7 +266,7 @@ def end_ids(policy, tokenizer):
     """Ids that end a sequence: the tokenizer's, and those of the model's generation config (chat models have two)."""
     configured = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
     configured = configured if isinstance(configured, (list, tuple)) else [configured]
-    return {i for i in [tokenizer.eos_token_id, *configured] if i is not None}
+    return {tokenizer.eos_token_id, *configured} - {None}
 
 # ----- 5. Many conversations over few slots -----
 
@@ -311,7 +311,7 @@ def leave(running, slots):
         slots.lengths[len(running)] = 0
 
 def restart(running, slots, draws_BL):
-    """A call on a prompt of its own begins with an empty slot, and with new draws, since its positions start again."""
+    """Where a call on its own prompt begins or ends, empty the slot and renew the draws, since positions repeat."""
     for row, talk in enumerate(running):
         if talk.held is not talk.context:
             talk.held, slots.lengths[row] = talk.context, 0
@@ -330,9 +330,9 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     slots          Slots to work in (they bound what is in flight), or how many to make. None: see slots_for
     Raises Mistake if a group is larger than the slots, RuntimeError if the search engine loses a query.
 
-    Rows do not wait for each other. A finished conversation gives its slot to the next one; as soon as a quarter of the
-    rows have ended their turns these are served, while the others are in the middle of theirs. Which rows run side by
-    side changes nothing but last bits: the draw that picks a token belongs to its conversation and position."""
+    No row waits for the slowest one. A finished conversation gives its slot to the next one. As soon as a quarter of
+    the rows have ended their turns, those are served, while the others are in the middle of theirs. Which rows run side
+    by side changes nothing but last bits: the draw that picks a token belongs to its conversation and position."""
     device, B = policy.get_output_embeddings().weight.device, len(conversations)
     slots = slots or max(group_size, slots_for(policy, B, max_length))
     slots = slots if isinstance(slots, Slots) else Slots(policy, slots, max_length)
@@ -357,10 +357,9 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
         going_on = talk.held is talk.context and talk.query is None and not talk.done
         return going_on and len(talk.context.ids) - slots.lengths[row] == 1
 
-    def places(rows):
-        """Conversation and position of the next token of these rows, [2, n]: where its draw stands."""
-        at_2n = [running[row].number for row in rows], [len(running[row].context.ids) for row in rows]
-        return torch.tensor(at_2n, device=device)
+    def places(talks):
+        """Number and next position of each conversation, [2, n]: where the draw of its next token stands."""
+        return torch.tensor([[t.number for t in talks], [len(t.context.ids) for t in talks]], device=device)
 
     def step(talks, logits_nV, at_2n):
         """Sample the next token of these conversations and hand it to them; None: the row's token is thrown away."""
@@ -380,17 +379,17 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
             running += queue.pop(0)
         restart(running, slots, draws_BL)
         # One pass over what the slots do not hold yet: prompts, or a turn's last token and the passages after it.
-        fed = [[row] for row in range(before) if not writing(row)]
-        if fed + new:
-            rows = [members[0] for members in fed + new]
+        due = [[row] for row in range(before) if not writing(row)] + new
+        if due:
+            rows = [members[0] for members in due]
             logits_nV = feed(policy, slots, rows, [pending(row) for row in rows])
             for members in new:  # a prompt is encoded once and fanned out to its group
                 slots.copy(members[0], members[1:])
-            source = [i for i, members in enumerate(fed + new) for _ in members]
-            rows = [row for members in fed + new for row in members]
-            step([running[row] for row in rows], logits_nV[torch.tensor(source, device=device)], places(rows))
+            source = [i for i, members in enumerate(due) for _ in members]
+            takers = [running[row] for members in due for row in members]
+            step(takers, logits_nV[torch.tensor(source, device=device)], places(takers))
         # One token a row and step, until a quarter of the rows wait. Only the new ids travel to the GPU each time.
-        at_2n = places(range(len(running)))
+        at_2n = places(running)
         while rows := [row for row in range(len(running)) if writing(row)]:
             if len(running) - len(rows) >= max(1, len(running) // 4):
                 break

@@ -72,9 +72,9 @@ def mean_scores(scores, hops):
         metrics |= {f"em_{of}hop": mean("em", chosen), f"searches_{of}hop": mean("searches", chosen)}
     return metrics
 
-def bootstrap_interval(values, samples=2000, seed=0):
+def bootstrap_interval(values, samples=2000):
     """Numbers, one a question -> (low, high): the 95 % interval of their mean, from draws with replacement."""
-    values_n, rng = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(seed)
+    values_n, rng = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(0)
     draw = lambda: torch.randint(len(values), (len(values),), generator=rng)
     means = torch.stack([values_n[draw()].mean() for _ in range(samples)])
     return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
@@ -99,12 +99,12 @@ NOTES = ("Read the given passages and write down, inside <answer> and </answer>,
          "Question: {question} Context: {context}\n")  # fmt: skip
 NO_NOTES = "There is no helpful information."
 SAYS_ANSWER = "So the answer is:"
-PASSAGES = "@@passages@@"  # stands in a prompt where passages will
+PASSAGES = "@@passages@@"  # a placeholder in the prompt: here the ids of the passages go in
 
 def reading_ids(question, tokenizer, template, start="", passages=(), settings=Settings(), searches=1):
     """A question in a template of {question} and maybe {context} -> ids of the prompt and of `start`, with which the
     model's message begins. Passages are encoded separately, so that a special token spelled in them stays text. They
-    get as many tokens as a conversation shows after so many searches, or fewer, to leave room for an answer."""
+    get at most max_obs_length tokens for each of `searches`, and leave room for an answer."""
     plain = not getattr(tokenizer, "chat_template", None)  # [D13]
     text = make_prompt(question, tokenizer, template=template, context=PASSAGES) + start
     head, _, tail = text.rpartition(PASSAGES)  # without passages all is tail
@@ -118,16 +118,16 @@ def text_ids(text, tokenizer):
 
 def complete(r, ids, tag, tokenizer, settings, ends):
     """One call of the model on a prompt of its own: it writes until `tag`, an end of sequence, or the end of its budget
-    -> the call, a Rollout. turns[0] is the text before the tag; finished: it was not the budget that ended it; answer:
-    what follows the last "<answer>", for a call that began after that tag, since some models open it again."""
+    -> the call, a Rollout. turns[0]: the text before the tag; finished: the budget did not end it; answer: turns[0]
+    after its last "<answer>", which some models write once more although the prompt has ended with it."""
     call = begin(r.question, ids, settings)
-    start, limit = len(ids), min(len(ids) + settings.max_new_tokens, settings.max_length)
+    limit = min(len(ids) + settings.max_new_tokens, settings.max_length)
     while True:
         token, logprob = yield call
         call.append([token], [logprob])
-        if turn_ended(call.ids, start, limit, tokenizer, ends, (tag,)):
+        if turn_ended(call.ids, call.prompt_length, limit, tokenizer, ends, (tag,)):
             break
-    text = tokenizer.decode([i for i in call.ids[start:] if i not in ends])
+    text = tokenizer.decode([i for i in call.ids[call.prompt_length :] if i not in ends])
     call.turns, call.finished = [text.partition(tag)[0]], tag in text or call.ids[-1] in ends
     call.answer = call.turns[0].rpartition("<answer>")[2].strip()
     return call
@@ -171,7 +171,7 @@ def cot(r, tokenizer, settings, ends):
 def ircot(r, tokenizer, settings, ends):
     """[Trivedi et al. 2023] Interleaved retrieval and chain of thought: each thought is the next query, and its
     passages join those found before. Questions still unanswered after max_turns thoughts go to the reader, the prompt
-    of RAG over all passages, like the paper's separate reader."""
+    of RAG over all passages, like the separate reader of the IRCoT paper."""
     query, shown = r.question.text, {}  # shown: the union of what was found, by id; top_k * (max_turns + 1) at most
     calls, thoughts, opened = [], [], text_ids("<think>", tokenizer)  # thoughts: ids of all so far, each in its tags
     for turn in range(settings.max_turns + 1):
@@ -194,7 +194,7 @@ def ircot(r, tokenizer, settings, ends):
 
 def search_o1(r, tokenizer, settings, ends):
     """[Li et al. 2025] Search-R1's conversation without its training, in which the model never reads a raw passage. A
-    separate call reads what a query found and writes a note (the paper's Reason-in-Documents), which comes back as the
+    separate call reads what a query found and writes a note (its paper's Reason-in-Documents), which comes back as the
     only passage [D16]. `found` holds the raw passages; ids and turns of the notes follow those of the conversation."""
     talk, notes, raw = engine.Talk(0, r, search_r1(r, tokenizer, settings, ends)), [], []
     while not talk.done:
@@ -337,8 +337,8 @@ def aligned(rows):
     return "\n".join("  ".join(cells(row)).rstrip() for row in rows)
 
 def comparison_table(metrics, intervals):
-    """What compare() gives -> text. Of several sets the exact match, a row a method and a column a set with the plain
-    mean over sets. Then all metrics, a row a method and set, or of a single one a row a metric. "-": it has none."""
+    """What compare() gives -> text. For several sets: exact match, a row a method, a column a set, and the plain mean.
+    Then all metrics: a row for each method on each set; if there is only one, a row a metric. "-": it has none."""
     sets = list(next(iter(metrics.values())))
     matrix = [["EM", *sets, "average"]]
     for method, of in metrics.items():
@@ -392,13 +392,12 @@ def read_log(file):
 
 def curve(members, name):
     """Records of one or several runs -> list of (step, mean, lowest, highest) of a metric, at steps that all of them
-    have; none where hops are known, since these have curves of their own. Six digits, as in course/points.py's CSV."""
+    have; [] if it is also logged by hops, which have curves of their own. Six digits, as in course/points.py's CSV."""
     if any(f"{name}_1hop" in r for records in members for r in records):
         return []
     values = [{r["step"]: float(f"{r[name]:.6g}") for r in records if name in r} for records in members]
-    steps = sorted(set.intersection(*map(set, values)))
-    at = [[run[step] for run in values] for step in steps]
-    return [(step, sum(here) / len(here), min(here), max(here)) for step, here in zip(steps, at)]
+    shared = {step: [run[step] for run in values] for step in sorted(set.intersection(*map(set, values)))}
+    return [(step, sum(here) / len(here), min(here), max(here)) for step, here in shared.items()]
 
 def plot_runs(runs, path, curves=CURVES):
     """Draw {name: records}. Runs "x, seed 0", "x, seed 1" are one line: the mean, in a band from lowest to highest."""
@@ -450,7 +449,7 @@ def live(tokenizer, colour):
     return show
 
 def ask(policy, tokenizer, question, search, settings, temperature=0.0, generator=None, slots=None):
-    """Hold a conversation about one question and print it while it is held, then how many searches it took."""
+    """Hold a conversation about one question and print it while it is held, then its searches and its answer."""
     colour, question = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), whole_characters(question)
     r = begin(question, prompt_ids(question, tokenizer, settings), settings)
     show, append = live(tokenizer, colour), r.append
@@ -510,6 +509,8 @@ def parse(argv):
         raise Mistake("give --checkpoint DIR (a folder that train.py wrote) or --plot RUN")
     if args.plot and not args.output.endswith(PICTURES):
         raise Mistake(f"--output {args.output}: a picture ends in {', '.join(PICTURES)}")
+    if (args.chat or args.ask is not None) and (args.method or args.limit):
+        raise Mistake("--ask and --chat hold one conversation, as trained: leave out --method and --limit")
     if not min(args.temperature, args.limit, args.top_k) >= 0:  # NaN is not, either
         raise Mistake("--temperature, --limit and --top-k cannot be negative")
     if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):

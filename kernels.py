@@ -1,7 +1,7 @@
 """Log-probabilities, entropy and KL of the tokens that the policy wrote, without the wall of logits.
 
-The losses ask for log pi(a) [Eq. 2, Eq. 3] and the KL to the reference [Eq. 1, Eq. 3] at each response token, the log
-also for the entropy. All are functions of one row of logits x_1..x_V. With a real model these rows fill the memory, not
+The losses need log pi(a) [Eq. 2, Eq. 3] and the KL to the reference [Eq. 1, Eq. 3] at each response token; the metrics
+need the entropy too. All are functions of one row of logits x_1..x_V. With a real model these rows fill the memory, not
 the weights: one fp32 copy of 8192 rows over Qwen's vocabulary takes 8192 * 151936 * 4 bytes = 4.6 GiB, and the usual
 expression (`log_softmax`, `gather`, autograd) holds three at its peak. More than half of the rows are masked anyway.
 
@@ -276,7 +276,7 @@ def matmul_fp32(a, b):
 
 @contextlib.contextmanager
 def bf16_units(dtype):
-    """Inside, a CPU that can multiplies fp32 copies of bf16 numbers on its bf16 units, which is as exact (see above)
+    """Inside, fp32 copies of bf16 numbers are multiplied on the CPU's bf16 units, if it has any: as exact (see above),
     and two to three times as fast. For any other dtype nothing changes: fp32 numbers would be rounded to bf16."""
     switch = torch.backends.mkldnn.matmul
     before = switch.fp32_precision
@@ -412,8 +412,8 @@ def run(rows, weight, ref_rows, ref_weight, target, mask, temperature, chunk, ta
     chunk = chunk or default_chunk(len(index_n), vocabulary, rows.device.type)
     settings = temperature, chunk, tau, use_triton
     outputs = RowsToLogprob.apply(rows, weight, ref_rows, ref_weight, index_n, target_n, *settings)
-    full = (torch.zeros(target.numel(), device=rows.device).index_copy(0, index_n, output) for output in outputs)
-    return LogprobKL(*(f.view(target.shape) for f in full))
+    zeros = torch.zeros(target.numel(), device=rows.device)
+    return LogprobKL(*(zeros.index_copy(0, index_n, output).view(target.shape) for output in outputs))
 
 def fused_logprob_kl(logits, target, mask=None, ref_logits=None, temperature=1.0, impl="auto"):
     """Logits that exist already -> LogprobKL: log-prob of the target, entropy, exact KL, the reference's log-prob.

@@ -1,4 +1,4 @@
-"""Four networks on one card: the policy, the reference and the critic of the paper, and the engine that samples.
+"""The paper's four models on one card: policy, reference and critic, and the copy of the policy that samples.
 
 The paper spreads four copies of a model over eight 80 GB cards. Here the policy itself samples, so three networks are
 left. There are two ways to fit them on one card of 24 GB:
@@ -42,7 +42,7 @@ from searchr1 import Critic
 # `python train.py --preset NAME --algo ALGO` runs with.
 
 # The paper's recipe [the official v0.2 scripts, the paper's appendix], with a batch for one card and one update a step:
-# the official GRPO, with ten updates on 2560 rollouts, collapses (why is open). Warm-ups: 0.285, 0.015 of the steps.
+# the official GRPO, with ten updates on 2560 rollouts, collapses (why is open). Warm-up: .285 of steps, critic's .015.
 REAL = {
     "steps": 300, "batch_size": 16, "group_size": 5, "minibatches": 1, "micro_batch_tokens": 8192, "lr": 1e-6,
     "critic_lr": 1e-5, "warmup_steps": 86, "critic_lr_warmup_steps": 5, "critic_warmup_steps": 0, "cooldown": 0,
@@ -89,7 +89,7 @@ LAPTOP = {
 LAPTOP_ONE = {"batch_size": 40, "group_size": 1}
 LAPTOP_FORMAT = {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4}
 
-# The tiny world. The log's EM is that of the rollouts that are imitated, not of the policy: no until_learned.
+# The tiny world. until_learned is off: the EM in the log is that of the imitated rollouts, not of the policy.
 IMITATION = {"kl_coef": 0.0, "minibatches": 1, "until_learned": False}
 
 PRESETS = {
@@ -174,6 +174,8 @@ def adapt(policy, roles, rank, alpha, upper=0, seed=0):
         for name, layer in list(block.named_children()):
             if isinstance(layer, torch.nn.Linear):
                 setattr(block, name, Adapted(layer, roles, rank, alpha, generator))
+    if not trained(policy, roles[0]):
+        raise Mistake(f"--lora-rank {rank}: {type(policy).__name__} has no linear layers to adapt; leave it out")
     return policy
 
 @contextlib.contextmanager
@@ -227,7 +229,7 @@ def adam(parameters, lr, config):
 
     for p, master in copies:
         p.register_post_accumulate_grad_hook(functools.partial(hand_over, master))
-    fused = masters[0].is_cuda or None  # the other variants hold a second copy of everything for a moment
+    fused = masters[0].is_cuda or None  # the default on a GPU (foreach) holds a second copy of everything for a moment
     optimizer = torch.optim.AdamW(masters, lr, (0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=fused)
     optimizer.register_step_post_hook(write_back)
     return optimizer
@@ -328,7 +330,7 @@ def predict_memory(policy, config, search_bytes=0):
 
     # What autograd keeps of a layer, bytes a token. Each norm: its input in fp32 (4), the normalised value where its
     # weight is trained (e), the result (e). Attention: q, k, v as rotated and its output, one fp32 number a head. MLP:
-    # gate, silu(gate), up, their product. Qwen3's norms of q and k. Adapters: A x, of 7 layers.
+    # gate, silu(gate), up, their product. Qwen3's norms of q and k. Adapters: A x of each linear layer.
     norm = 4 + e + e * (not lora)
     layer = 2 * D * norm + e * (2 * q + 2 * kv + 4 * I) + 4 * H + e * r * (len(linears) // len(learning))
     layer += (norm - e) * (q + kv) * any("q_norm" in name for name, _ in policy.base_model.named_modules())
@@ -365,7 +367,7 @@ def predict_memory(policy, config, search_bytes=0):
         "lm_head in fp32": 4 * V * D * (device == "cpu" and e != 4),  # of the engine
         "a block": block,
         "sampling": slots * V * (4 * 4 + 2 * 8),  # logits, scaled, log p, p in fp32; p and its sums in float64
-        # Of a trained lm_head, and if it is tied of the embedding, too: alive until the body's backward pass is over.
+        # Gradient of a trained lm_head, and of a tied embedding, too: held until the body's backward pass is over.
         "head's gradient": 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings)),
         "activations": tokens * kept,
         "log-probs": int(logits),

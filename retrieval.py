@@ -84,9 +84,9 @@ class Passage:
 
 @contextlib.contextmanager
 def undamaged(file):
-    """Turn whatever reading a damaged file of an index raises in here into a ValueError with the file's name."""
+    """Inside, an error from reading a damaged file of an index becomes a ValueError with the file's name."""
     try:
-        yield
+        yield file
     except (ValueError, LookupError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         why = (str(error) or repr(error)).splitlines()[-1]
         raise ValueError(f"{file} cannot be read, remove it and build again: {why}") from None
@@ -127,7 +127,7 @@ def split_contents(contents):
 
 def parse_passage(line, where):
     """A line of a corpus (bytes) -> Passage. ValueError, beginning with `where`, if it is no passage."""
-    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):  # no JSON, or another
+    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):  # the line is no passage
         record = json.loads(line)
         title, text = split_contents(record["contents"])
         if text:
@@ -197,7 +197,7 @@ class HashedEncoder:
         """Count the words of the passages to weigh them, or take the {word: weight} of an earlier encoder."""
         counts = Counter(word for p in passages for word in set(words(self.text(p))))
         self.weight = weight or {word: math.sqrt(math.log(1 + len(passages) / n)) for word, n in counts.items()}
-        self.vector = functools.lru_cache(2**17)(self.vector)  # of frequent words; all of Wikipedia's would take 10 GB
+        self.vector = functools.lru_cache(2**17)(self.vector)  # of recent words; all of Wikipedia's would take 10 GB
 
     @staticmethod
     def text(passage):  # "Bako lives in Rimton" mentions both: only the title says that the passage is about Bako
@@ -221,8 +221,8 @@ class HashedEncoder:
         return self.encode_queries([self.text(p) for p in passages])
 
 class TransformerEncoder:
-    """Text -> unit vector [E] fp32, with any encoder that transformers loads from a folder or the hub. It is asked like
-    the row of ENCODERS whose key its name holds, otherwise like "mean". device: by default a GPU, if there is one."""
+    """Text -> unit vector [E] fp32, with any encoder that transformers loads from a folder or the hub. Its prefixes and
+    pooling are those of the key of ENCODERS that its name contains, else "mean". device: by default a GPU, if any."""
 
     def __init__(self, model, device=None):
         import torch  # here, so that the hashed engine starts without it
@@ -267,7 +267,7 @@ def plan_index(kind, n, dim):
     """Index for n vectors [dim] -> (FAISS factory string, search settings, predicted bytes in memory and on disk).
     kind: one of the five below, or any other factory string of FAISS, whose size is not predicted (None)."""
     cells = max(1, min(2 ** round(math.log2(4 * math.sqrt(n))), n // 39))  # FAISS wants 39 vectors a cell to train on
-    probes = {"nprobe": max(min(8, cells), cells // 64)}  # IVF: a query is compared with a 64th of the cells
+    probes = {"nprobe": max(min(8, cells), cells // 64)}  # IVF: a query searches a 64th of the cells, at least 8
     ids_and_centres = 8 * n + 4 * cells * dim
     plans = {
         "Flat": ("Flat", {}, 4 * n * dim),  # the query is compared with every vector: exact
@@ -372,9 +372,9 @@ class BM25:
                     here = slice(self.starts[w], self.starts[w + 1])
                     score_N[self.rows[here]] += count * self.weights[here]
             # PITFALL: of rows that tie at place k, argpartition takes any, others on another CPU; we take the first.
-            least = -np.partition(-score_N, min(k, self.n) - 1)[min(k, self.n) - 1]
+            least = np.partition(score_N, -min(k, self.n))[-min(k, self.n)]
             best = np.flatnonzero((score_N >= least) & (score_N > 0))
-            best = best[np.lexsort((best, -score_N[best]))][:k]
+            best = best[np.argsort(-score_N[best], kind="stable")][:k]
             scores_SK[i, : len(best)], rows_SK[i, : len(best)] = score_N[best], best
         return scores_SK, rows_SK
 
@@ -455,7 +455,7 @@ def build(corpus, output, settings, index="Flat", block=2048):
         raise ValueError(f"{output} exists already: remove it, or build into another folder")
     passages = load_passages(Path(corpus).absolute())
     corpus, n = passages.file.name, len(passages)
-    manifest = {"corpus": str(corpus), "n": n, "checksum": checksum(passages)} | settings
+    manifest = {"corpus": corpus, "n": n, "checksum": checksum(passages)} | settings
     key = hashlib.sha256(repr((manifest, os.stat(corpus).st_mtime_ns)).encode()).hexdigest()[:10]
     work = output.with_name(f"{output.name}.{key}.partial")
     work.mkdir(parents=True, exist_ok=True)
@@ -480,21 +480,21 @@ def load_engine(folder, bm25=False, device=None):
     device: of an encoder and, if that is a GPU, of a small Flat index; by default a GPU, if there is one.
     ValueError with the reason if index, passages and encoder do not belong together."""
     folder = Path(folder)
-    with undamaged(folder / "manifest.json"):
-        manifest = json.loads((folder / "manifest.json").read_text())
+    with undamaged(folder / "manifest.json") as file:
+        manifest = json.loads(file.read_text())
         corpus, digest, name, kind = (manifest[key] for key in ("corpus", "checksum", "encoder", "index"))
-    with undamaged(folder / "offsets.npy"):
-        passages = PassageFile(folder / corpus, np.load(folder / "offsets.npy"))
+    with undamaged(folder / "offsets.npy") as file:
+        passages = PassageFile(folder / corpus, np.load(file))
     if checksum(passages) != digest:
         raise ValueError(f"{folder}: {passages.file.name} is not the file that was indexed: build again")
     if bm25 or name == "bm25":
         return SearchEngine(passages, BM25(passages, folder / "bm25.npz"))
     encoder = make_encoder(name, passages, folder / "words.json", device)
-    with undamaged(folder / "index.faiss"):
-        index = faiss.read_index(str(folder / "index.faiss"))
+    with undamaged(folder / "index.faiss") as file:
+        index = faiss.read_index(str(file))
     if (index.ntotal, index.d) != (len(passages), encoder.dim):
         raise ValueError(f"{folder}: index.faiss holds {index.ntotal} x {index.d}, not {len(passages)} x {encoder.dim}")
-    if not np.allclose(encoder.encode_queries([PROBE])[0, :8], manifest["probe"], atol=0.01):
+    if not np.allclose(encoder.encode_queries([PROBE])[0, :8], manifest.get("probe", 0), atol=0.01):
         raise ValueError(f"{folder}: {name} is not the encoder that made this index")
     engine, size = SearchEngine(passages, Dense(encoder, index)), 2 * len(passages) * encoder.dim
     if encoder.device.startswith("cuda"):
@@ -560,7 +560,7 @@ class Server(ThreadingHTTPServer):
 
 class HttpEngine(SearchEngine):
     """R at an address: any server that answers POST /retrieve as the official one does. Of several addresses, joined by
-    commas, the next one is asked when one fails. Only search() is inherited. patience, timeout, wait: seconds."""
+    commas, the next is asked when one fails. Inherited: search(), bytes_on_card. patience, timeout, wait: seconds."""
 
     def __init__(self, urls, patience=300, timeout=30, wait=0.5):
         self.urls, self.patience, self.timeout, self.wait = urls.split(","), patience, timeout, wait
@@ -568,6 +568,8 @@ class HttpEngine(SearchEngine):
     def search_scores(self, queries, top_k):
         """Pairs (Passage, score), nan where the server gives no score. Refused connections, timeouts, 5xx and cut
         answers are retried after 0.5, 1, 2, ... s. SearchFailed when patience is at its end, or at once for a 4xx."""
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k}: must be at least 1")
         asked = [q for q in dict.fromkeys(queries) if q.strip()]
         if not asked:
             return [[] for _ in queries]

@@ -26,14 +26,14 @@ Departures from the paper (P) and the official code (C), tagged where they happe
           answer is Beijing: a rollout without an answer is paid whenever the right answer is Beijing.
   [D4] C  An end-of-sequence token that was sampled stays, as a trained token. The official code strips it.
   [D5] C  When the length budget is spent, the episode ends. The official code drops the beginning of the prompt.
-  [D6] C  Passages are cut to their budget, the closing tag never, and special tokens spelled in them stay text. The
-          official code cuts the whole block, and they become special.
+  [D6] C  Passages are cut to their budget but keep their closing tag; special tokens spelled in them stay text. The
+          official code cuts the whole block, closing tag included, and such spellings become special tokens.
   [D7] P,C The loss is the mean over all tokens of the minibatch. Eq. 2 and Eq. 3 average within each rollout first,
           so a token of a short rollout weighs more; the official code averages within each micro-batch first.
   [D8] C  An answer that normalises to nothing ("The", "...") earns nothing, even if a gold answer is just as empty.
   [D13] C Without a chat template (Llama 3.2 base) the prompt begins with the tokenizer's start-of-sequence token, which
           the model has always seen first. The official code leaves it out.
-  [D18] P As in the official code, one turn that cannot search follows when Algorithm 1 ends, at the budget.
+  [D18] P When Algorithm 1's budget is spent, one more turn follows that cannot search, as in the official code.
 
     python searchr1.py --demo      a scripted policy, two passages, and the mask made visible (two seconds)
 """
@@ -147,7 +147,7 @@ class Settings:
 
 @dataclass
 class Rollout:
-    """One conversation, made once; it only ever grows. ids, response_mask and logprobs share the same L positions."""
+    """One conversation. Tokens are only appended. ids, response_mask and logprobs share the same L positions."""
 
     question: Question | str  # as it was asked
     ids: list  # token ids: the prompt, then what was sampled and what was retrieved, in order
@@ -200,7 +200,7 @@ def converse(r, tokenizer, settings, ends=None):
         else:  # l. 9
             text, closing = INVALID_MESSAGES.get(settings.invalid_message, settings.invalid_message), ""
         room = settings.max_length - len(r.ids) - 1  # at least one token must be left for the policy
-        block = observation_ids(tokenizer, text, min(settings.max_obs_length, room), closing)
+        block = observation_ids(tokenizer, text, max(0, min(settings.max_obs_length, room)), closing)
         if not 0 < len(block) <= room:  # [D5] the length budget is spent
             return
         r.append(block)  # not written by the policy: mask 0
@@ -213,9 +213,9 @@ def turn_ended(ids, start, limit, tokenizer, ends, stop_tags=STOP_TAGS):
     return ids[-1] in ends or len(ids) >= limit or any(tag in tail for tag in stop_tags)
 
 def observation_ids(tokenizer, text, budget, closing=""):
-    """Text that the environment injects -> at most `budget` ids. A long text loses its end, never `closing` [D6].
-    It is encoded apart from what the policy wrote, so that training sees the ids that sampling saw. Special tokens that
-    are spelled out in a passage stay plain text: a hostile `<|im_end|>` must not become one."""
+    """Text that the environment injects -> at most `budget` ids, or `closing` alone if it is longer. A long text loses
+    its end, never `closing` [D6]. It is encoded apart from what the policy wrote, so that training sees the ids that
+    sampling saw. Special tokens spelled in a passage stay plain text: a hostile `<|im_end|>` must not become one."""
     encode = lambda part: tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     text = text if len(text) < 50 * budget else text[: 50 * budget] + closing  # never encode a million characters
     ids = encode(text)
@@ -232,12 +232,12 @@ def prompt_ids(question, tokenizer, settings):
 def begin(question, ids, settings):
     """A question and the ids of its prompt -> Rollout that holds them. Mistake if they leave no room for an answer."""
     if len(ids) >= settings.max_length:
-        many = f"the prompt of {question!r:.80} has {len(ids)} tokens and max_length is {settings.max_length}"
-        raise engine.Mistake(f"{many}: shorten the question, or train with a larger --max-length")
+        raise engine.Mistake(f"the prompt of {question!r:.80} has {len(ids)} tokens and max_length is "
+                             f"{settings.max_length}: shorten the question, or train with a larger --max-length")
     return Rollout(question, list(ids), [False] * len(ids), [0.0] * len(ids), len(ids))
 
 def rollout(policy, tokenizer, questions, search, settings, group_size=1, temperature=1.0, generator=None, slots=None):
-    """Hold G = group_size conversations about each of Q questions, all at once -> B = Q*G Rollouts, groups in a row.
+    """Hold G = group_size conversations about each of Q questions at once -> B = Q*G Rollouts, each group contiguous.
 
     policy       causal LM of transformers, or anything with base_model, get_output_embeddings, config and dtype
     questions    Question records or plain str
@@ -292,11 +292,11 @@ class Batch:
     lengths_B: torch.Tensor  # long, ids of each row without padding
     ref_logprobs_BT: torch.Tensor | None = None  # fp32, of the frozen reference
     advantages_BT: torch.Tensor | None = None
-    values_BT: torch.Tensor | None = None  # fp32, of the critic that saw the rollouts first (PPO)
+    values_BT: torch.Tensor | None = None  # fp32, of the critic before this step's update (PPO)
     returns_BT: torch.Tensor | None = None
 
     def rows(self, index):
-        """The rows in `index` (long tensor) as a Batch of their own, cut to the longest of them."""
+        """The rows in `index` (list or long tensor) as a Batch of their own, cut to the longest of them."""
         L = int(self.lengths_B[index].max())
         cut = lambda x_BT: None if x_BT is None else x_BT[index, : L - 1]
         return Batch(self.ids_BL[index, :L], cut(self.mask_BT), cut(self.old_logprobs_BT), self.lengths_B[index],
@@ -367,7 +367,7 @@ def rewards_at_end(rewards_B, mask_BT):
     B, T = mask_BT.shape
     last_B = T - 1 - mask_BT.flip(1).float().argmax(1)
     rewards_BT = torch.zeros(B, T, device=mask_BT.device).scatter(1, last_B[:, None], rewards_B[:, None])
-    return rewards_BT * mask_BT  # a row that the policy wrote nothing of gets none
+    return rewards_BT * mask_BT  # a row in which the policy wrote nothing gets no reward
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     """[GAE Eq. 16] Generalised advantages and returns, both [B, T]; rewards, values float, mask bool.
@@ -455,9 +455,8 @@ def check_format(response):
 def policy_view(rollout):
     """The response with every block of passages emptied: what the format is checked on, so that no passage, cut or with
     tags in it, can spoil or forge it. The message after an invalid turn spoils it, as in the official code."""
-    shown = rollout.found[:-1]  # nothing follows the last turn
-    blocks = [INVALID_ACTION if passages is None else "<information></information>" for passages in shown]
-    return "".join(text + block for text, block in zip(rollout.turns, [*blocks, ""]))
+    blocks = [INVALID_ACTION if passages is None else "<information></information>" for passages in rollout.found[:-1]]
+    return "".join(text + block for text, block in zip(rollout.turns, [*blocks, ""]))  # nothing follows the last turn
 
 def format_reward(rollout, gold_answers, structure=0.2, final=0.1, retrieval=0.0):
     """The shaped reward of the second paper, in [0, 1], with the values of the official v0.3 scripts: `structure` is
@@ -488,7 +487,7 @@ HARMLESS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x
 
 def parts(r, tokenizer):
     """The response in runs of one mask value -> list of (text, True where the policy wrote it, range of its positions).
-    Earlier parts never change. The space that a tokenizer of words leaves out between parts begins the second one."""
+    Earlier parts never change. A space that a word-level tokenizer omits between parts is put before the second one."""
     found, before = [], ""
     for own, run in itertools.groupby(range(r.prompt_length, len(r.ids)), r.response_mask.__getitem__):
         run = list(run)
@@ -534,13 +533,12 @@ class ByteTokenizer:
         return [chr(i) for i in ids]
 
 def play(r, talk, turns, search):
-    """Drive a conversation by hand -> r. The policy "writes" `turns`, one list of ids a turn, and search(query) finds.
+    """Drive the conversation of r by hand. The policy "writes" `turns`, one list of ids a turn; search(query) finds.
     A turn that runs out of ids goes on with 256. Tests prove the claims of Algorithm 1 with this, without a model."""
     scripts, talk = {b: iter(ids) for b, ids in enumerate(turns)}, engine.Talk(0, r, talk)
     while not talk.done:
         script = scripts.get(len(r.turns), iter(()))
         talk.advance((next(script, 256), 0.0) if talk.query is None else search(talk.query))
-    return r
 
 def demo():
     """Print one scripted conversation over two passages with its mask, and what the reward makes of it."""

@@ -12,7 +12,7 @@ starting model's right ones, and both imitate them; R1 is --no-search. Shapes ar
 
 Departures, besides those of searchr1.py and models.py (P: from the paper, C: from the official code):
   [D9]  C  Old log-probs are the sampler's own. In fp32 they equal the trainer's within 2e-5 (tested), and a forward
-           pass is saved. In bf16 they are 0.01 a token apart; there --recompute-old-logprobs, as in the official code.
+           pass is saved. In bf16 they are 0.01 a token apart: use --recompute-old-logprobs, as the official code does.
            With one update a step and the KL in the loss, recomputing is free: the update's own log-probs are used.
   [D10] P,C Rollouts of advantage 0 (GRPO: groups of equal rewards) stay out of the update, and so do their KL term and
            their tokens in the mean. If all are 0, all stay; only KL acts. PPO keeps all. Logged: frac_reward_zero_std.
@@ -167,7 +167,7 @@ def train(config, policy, task):
             rng = random.Random(f"{config.seed} step {step}")
             costs = Costs(device)
 
-            # Phase 1. Questions; with --redraws also those of steps no run has, for groups of equal rewards [D10].
+            # Phase 1. Questions; --redraws: spare ones for groups of equal rewards [D10], from steps no run reaches.
             questions, *others = [task.draw(step + k * 10**6, record) for k in range(1 + config.redraws)]
 
             # Phase 2. Rollouts [Alg. 1]. A group's members stand side by side: a rollout's place tells its group.
@@ -223,9 +223,9 @@ def train(config, policy, task):
 # ----- 3. Phases 2 to 5: who writes, rewards, log-probs and values, advantages without a critic -----
 
 def writer(models, task, config):
-    """-> (Slots of the policy; phase 2 as a function: Rollouts, number of redraws). The policy writes the rollouts, or
-    the frozen base model [D17], in slots of its own, because a captured decoding step belongs to one role. others:
-    lists of questions for --redraws; each in turn replaces the groups of equal rewards [DAPO: dynamic sampling]."""
+    """-> (Slots of the policy; phase 2 as a function: Rollouts, number of redrawn groups). The policy writes; only for
+    rejection and format the frozen base model does [D17], in its own slots: a captured decoding step serves one role.
+    others: lists of questions for --redraws; each in turn replaces groups of equal rewards [DAPO: dynamic sampling]."""
     count = config.slots or config.batch_size * config.group_size
     new_slots = lambda: Slots(models.policy, count, config.max_length, graphs=not config.no_cuda_graphs)
     slots = new_slots()
@@ -256,7 +256,7 @@ def writer(models, task, config):
 def gold_example(question, tokenizer):
     """[SFT] Question -> Rollout as if the policy had answered the prompt of direct inference with the gold answer."""
     ids, gold = reading_ids(question.text, tokenizer, DIRECT, "<answer>"), question.gold_answers[0]
-    r = Rollout(question, [], [], [], len(ids), gold, True, [f"<answer> {gold} </answer>"], found=[None])
+    r = Rollout(question, [], [], [], len(ids), gold, True, [f"<answer> {gold} </answer>"], [], [None], 1)
     r.append(ids)
     written = text_ids(f" {gold} </answer>", tokenizer)  # the prompt has "<answer>"
     r.append(written, [0.0] * len(written))
@@ -288,7 +288,7 @@ def poor_policy(r, tokenizer, settings, ends, rng):
 
     def say(text):
         for token in text_ids(text, tokenizer):
-            if talk.query is None:  # else the text has a closing tag before its end, and its rest is no passage
+            if talk.query is None:  # else a closing tag in the text began a search; the rest must not answer it
                 talk.advance((token, 0.0))
 
     for _ in range(min(settings.max_turns, rng.choice((1, 1, 2)))):
@@ -338,8 +338,8 @@ def in_micro_batches(values_of, batch, config):
     """Run values_of(Batch) -> [b, t] over micro-batches of all rows -> [B, T], 0 where nothing was computed."""
     out_BT = torch.zeros_like(batch.old_logprobs_BT)
     for piece in micro_batches(batch, range(len(batch.ids_BL)), config.micro_batch_tokens):
-        part = batch.rows(torch.tensor(piece))
-        out_BT[torch.tensor(piece), : part.mask_BT.shape[1]] = values_of(part)
+        part = batch.rows(piece)
+        out_BT[piece, : part.mask_BT.shape[1]] = values_of(part)
     return out_BT
 
 def logprobs_under(model, batch, config):
@@ -394,9 +394,9 @@ def update(models, batch, step, config, rng):
     count, sums = min(config.minibatches, len(rows)), Counter()
     for m in range(count):
         index = rows[m::count]
-        tokens = batch.mask_BT[torch.tensor(index)].sum()  # the denominator, known before micro-batching
+        tokens = batch.mask_BT[index].sum()  # the denominator, known before micro-batching
         for piece in micro_batches(batch, index, config.micro_batch_tokens):
-            part = batch.rows(torch.tensor(piece))
+            part = batch.rows(piece)
             share = part.mask_BT.sum() / tokens
             if train_policy:
                 loss, metrics = policy_loss_of(models, part, config)
@@ -425,7 +425,7 @@ def update(models, batch, step, config, rng):
                 if models.broken[name] == 3:
                     raise Mistake(f"three gradients of the {name} in a row are not finite: lower --lr, or --dtype fp32")
             optimizer.zero_grad(set_to_none=True)
-    models.updates = 0  # none half done, should the run be saved now
+    models.updates = 0  # the step is whole: if the run is saved from here on, no update is half done
     if models.policy.device.type == "cpu":  # freed memory goes back to the system; a GPU has an allocator of its own
         give_back()
     return {name: value for name, value in sums.items() if math.isfinite(value)}  # JSON has no NaN
@@ -445,9 +445,9 @@ def reinforcement_loss(models, part, config):
 
 def fine_tuning_loss(models, part, config):
     """[Sec. 4] The baselines' loss: - log pi(y_t | x, y_<t), token mean, over the rows that outcome_advantages kept."""
-    new, kl_metrics = new_logprobs(models, part, config)
+    new = token_logprobs(models.policy, part.ids_BL, part.mask_BT, config.temperature)
     loss = -token_mean(new.logp, part.mask_BT)
-    return loss, kl_metrics | {"entropy": token_mean(new.entropy, part.mask_BT), "policy_loss": loss}
+    return loss, {"entropy": token_mean(new.entropy, part.mask_BT), "policy_loss": loss}
 
 def new_logprobs(models, part, config):
     """Log-probs and entropy under the policy as it is now, and its KL to the reference -> (LogprobKL, {name: number}).
@@ -494,7 +494,7 @@ def measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config):
 
 def learned(records, config):
     """Metrics of the steps so far -> whether the last five answered 95% of the one-hop and 85% of the two-hop questions
-    right, so that the cooldown may begin: what is missing is mostly the noise of a large learning rate."""
+    right, so that the cooldown may begin: the errors that remain are mostly noise of the large learning rate."""
     mean = lambda name: sum(r.get(name, 0.0) for r in records[-5:]) / 5
     return config.until_learned and config.cooldown and mean("env/em_1hop") >= 0.95 and mean("env/em_2hop") >= 0.85
 
@@ -563,7 +563,7 @@ def write_config(config):
 
 def log(record, config):
     """A line of metrics.jsonl, and with --wandb the same numbers to a tracker."""
-    if config.wandb:  # first: if its package is missing, the run has not begun yet
+    if config.wandb:  # first, so that a missing package is reported before the log has a line
         tracker(config.wandb, config.output_dir).log(record, step=record["step"])
     append(Path(config.output_dir) / "metrics.jsonl", record)
 
@@ -677,8 +677,8 @@ def shortage_named(config):
 @contextlib.contextmanager
 def orderly_end(models, task, config):
     """Yield a list that is empty until the first Ctrl-C (or SIGTERM), after which the step in progress is finished and
-    saved. The second one ends the run at once. If the search engine goes away or memory runs out in here, the step in
-    progress is not done: save what the steps in the log have learned, and say how to go on."""
+    saved. The second one ends the run at once. If the search engine goes away, memory runs out or another Mistake is
+    raised in here, save what the steps in the log have learned (only whole steps are logged); say how to go on."""
     stop, out = [], Path(config.output_dir)
 
     def ask(number, frame):
@@ -697,19 +697,20 @@ def orderly_end(models, task, config):
             save_checkpoint(step, models, task.tokenizer, config)
             if models.updates:  # undoing them would need a copy of all that is trained, at every step
                 kept += f" with {models.updates} of the {config.minibatches} updates of step {step + 1} (done anew)"
-        raise type(error)(f"{error}; {kept}, continue with: python train.py --resume {out}") from None
+        go_on = "continue with: python train.py --resume" if step < config.steps else "see: python eval.py --checkpoint"
+        raise type(error)(f"{error}; {kept}, {go_on} {out}") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 # ----- 6. What a policy is trained on -----
 
-# search: (queries, top_k) -> lists of Passages; draw: (step, metrics of the one before) -> list of Q Questions;
-# train_sample: training questions, to compare with held_out, those of every evaluation; bytes_on_card: of the engine.
+# search: (queries, top_k) -> lists of Passages; draw: (step, metrics of the step before) -> list of Q Questions;
+# held_out: questions of every evaluation; train_sample: training questions, to compare; bytes_on_card: search engine's.
 Task = namedtuple("Task", "tokenizer search draw train_sample held_out bytes_on_card", defaults=[0])
 
 def load_run(config, format_steps=data.BaseConfig.policy_steps):
-    """Config -> (policy, Task). Without --model the tiny world's, whose base model had format_steps of format."""
+    """Config -> (policy, Task). Without --model: the tiny world, its base model after format_steps steps of format."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if not config.model:
         return load_tiny(config, device, format_steps)
@@ -725,12 +726,12 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     if len(questions) < config.batch_size:
         raise Mistake(f"{config.train_data} leaves {len(questions)} questions, and --batch-size is {config.batch_size}")
 
-    longest = max(questions + held_out, key=lambda q: len(q.text))  # a run would stop at it, again at each --resume
+    longest = max(questions + held_out, key=lambda q: len(q.text))  # tried now; else it stops the run and each --resume
     begin(longest, prompt_ids(longest, tokenizer, config.settings), config.settings)
     ranked = random.Random(config.seed).sample(questions, min(len(questions), 10_000)) if config.easy_first else []
     rank = first_ranks(ranked, engine.search)  # BM25 takes .03 s a question; those that are not ranked count as hard
 
-    @functools.lru_cache(maxsize=2)
+    @functools.lru_cache(maxsize=2 * (1 + config.redraws))
     def order(epoch):  # sorting and shuffling once an epoch, not at every step
         shuffled = random.Random(f"{config.seed} epoch {epoch}").sample(questions, len(questions))
         return sorted(shuffled, key=lambda q: (q.hops, rank.get(q, 9))) if rank and epoch == 0 else shuffled
@@ -743,11 +744,11 @@ def load_run(config, format_steps=data.BaseConfig.policy_steps):
     return policy, Task(tokenizer, engine.search, draw, *samples, engine.bytes_on_card)
 
 def first_ranks(questions, search, most=3):
-    """Questions -> {Question: place, from 0, of the first passage with a gold answer, if the question is the query}."""
+    """Questions -> {Question: place, from 0, of the first passage with a gold answer, if it is the query, or most}."""
     bar = tqdm(range(0, len(questions), 512), desc="easy first", delay=2)
     found = [passages for at in bar for passages in search([q.text for q in questions[at : at + 512]], most)]
-    holds = lambda q, passages: [holds_gold([p], q.gold_answers) for p in passages] + [True]
-    return {q: holds(q, passages).index(True) for q, passages in zip(questions, found)}
+    place = lambda q, passages: next((i for i, p in enumerate(passages) if holds_gold([p], q.gold_answers)), most)
+    return {q: place(q, passages) for q, passages in zip(questions, found)}
 
 def load_tiny(config, device, format_steps):
     """The tiny world and its base model, made on the spot at the first run -> (policy, Task)."""
@@ -776,7 +777,8 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda", "mps"),
 }  # fmt: skip
 POSITIVE = ("steps batch_size group_size minibatches micro_batch_tokens lr critic_lr lora_alpha max_grad_norm "
-            "temperature max_new_tokens max_obs_length max_length top_k eval_every").split()  # fmt: skip
+            "temperature max_new_tokens max_obs_length max_length top_k eval_every clip_eps "
+            "value_clip").split()  # fmt: skip
 NOT_NEGATIVE = ("search_patience max_turns redraws clip_high kl_coef warmup_steps critic_lr_warmup_steps lora_rank "
                 "lora_layers slots weight_decay keep save_every cooldown eval_limit").split()  # fmt: skip
 # What a resumed run may change: how long it is, what it keeps, and what bounds its memory without changing its result.
@@ -822,6 +824,7 @@ def check_config(c):
     wrong |= {
         f"{given('seed')}: must lie within 10**12 of 0": abs(c.seed) > 10**12,
         f"{given('adam_beta2')}: must be at least 0 and below 1": not 0 <= c.adam_beta2 < 1,
+        f"{given('gamma')}, {given('lam')}: each must be from 0 to 1": not (0 <= c.gamma <= 1 and 0 <= c.lam <= 1),
         "--preset real needs --model, --train-data and --corpus": c.preset == "real" and not c.model,
         "--model, --train-data and --corpus go together": not bool(c.model) == bool(c.train_data) == bool(c.corpus),
         "--eval-data needs --train-data: the tiny world has held-out questions": c.eval_data and not c.train_data,
@@ -835,7 +838,7 @@ def check_config(c):
         f"{given('slots')}: a group of {c.group_size} rollouts is in flight together": 0 < c.slots < c.group_size,
         "--kl exact is a loss: give --kl-in loss, too": c.kl == "exact" and c.kl_in != "loss",
         f"--kl exact: --algo {c.algo} has no KL in its loss": c.kl == "exact" and c.algo in FINE_TUNING,
-        f"--kl-in reward: --algo {c.algo} takes no KL": c.kl_in == "reward" and c.kl_coef and c.algo in FINE_TUNING,
+        f"{given('kl_coef')}: --algo {c.algo} takes no KL": c.kl_coef and c.algo in FINE_TUNING,
     }  # fmt: skip
     if mistakes := [message for message, found in wrong.items() if found]:
         raise Mistake(mistakes[0])
@@ -863,7 +866,7 @@ def resumed_config(given):
 def main(argv=None):
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which the newer one would override
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # blocks of many sizes: fewer gaps
-    config = parse_config(sys.argv[1:] if argv is None else argv)
+    config = parse_config(argv)
     changed = {k: v for k, v in asdict(config).items() if v != getattr(Config, k) and k != "output_dir"}
     print(f"{config.output_dir}: " + ", ".join(f"{k} {v}" for k, v in changed.items()))  # all values: config.json
     with alone_in(config.output_dir), shortage_named(config):
@@ -873,7 +876,7 @@ def main(argv=None):
         train(config, policy, task)
     out = Path(config.output_dir)
     records = list(read_log(out / "metrics.jsonl"))
-    # On a GPU: what all programs together hold on the card (the log has it by phase). On a CPU: the whole process.
+    # On a GPU: what all programs together hold on the card (log by phase: tensors only). On a CPU: the whole process.
     held = max(r.get("memory_gib/card", 0) for r in records) * 2**30 or peak_bytes(policy.device)
     print(f"memory, predicted: {size(predicted_peak(memory)[0])}; measured, all included: {size(held)}; all in {out}")
     phases = ("rollout", "logprobs", "update", "eval")

@@ -31,10 +31,10 @@ This is a course assignment: the functions that raise NotImplementedError are ex
 def find(tree, path):
     """Syntax tree of a file, "Class.function" -> the function's node, wherever it stands."""
     for name in path.split("."):
-        kinds = ast.FunctionDef, ast.ClassDef
-        tree = next((n for n in ast.walk(tree) if isinstance(n, kinds) and n.name == name), None)
-        if tree is None:
+        named = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name]
+        if not named:
             raise Mistake(f"there is no {path}")
+        tree = named[-1]  # of two definitions Python takes the last
     return tree
 
 
@@ -52,7 +52,7 @@ def emptied(source, functions):
 
 def with_lines(source, first, last, lines):
     """The source with `lines` in place of its lines first..last, counted from 1."""
-    before = source.splitlines()
+    before = source.removesuffix("\n").split("\n")  # splitlines would also split at a form feed
     return "\n".join([*before[: first - 1], *lines, *before[last:]]) + "\n"
 
 

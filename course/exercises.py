@@ -139,7 +139,7 @@ EXERCISES = [
          K + "test_blocks_of_minus_infinity_are_probability_zero",
          K + "test_one_pass_with_a_reference_equals_two_passes_and_the_kl_over_all_tokens"),
         ("Sums are always relative to the maximum so far. When it rises, they are re-based.",
-         "Twin: new maximum first, then shift, then this slice's sums, then the three lines of section 1.",
+         "Twin: new maximum first, then shift, then this slice's sums, then the formulas of s', u', w' in section 1.",
          "Kernel: the same over BLOCKs within the slice, and once more, at its end, for the state of earlier slices."),
     ),
     Exercise(

@@ -6,8 +6,8 @@
     python -m course.grade ../hunt-ada --bughunt ada                   which of the three mistakes are mended
 
 Only the scripts are taken from the student. The tests come from here, so that an edited test changes nothing. An
-exercise that is empty or wrong does not spoil another one: for that one, the solution stands in its place. In the
-starter itself there is no solution: there a test may wait for another exercise, and says for which.
+exercise that is empty or wrong does not spoil another one, which is then tested with our solution in its place. A
+starter has no solution: there a test may wait for another exercise, and says for which.
 """
 
 import ast
@@ -25,8 +25,6 @@ import xml.etree.ElementTree
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 import data
 import kernels
 from course.assignment import ROOT, by_file, find, with_lines
@@ -42,20 +40,21 @@ NOISE = 0.02  # how far answers of the same checkpoint may be apart on two machi
 
 def solved(folder, file, functions):
     """The student's source of a script, with our own text for these functions ("Class.function"). A script that they do
-    not have is ours, and so is one that does not parse, if these are all of its exercises. Mistake if it is no text."""
+    not have is ours; so is one that does not parse, if `functions` are all its exercises. Mistake if it is no UTF-8."""
     student, ours = Path(folder) / file, (ROOT / file).read_text("utf-8")
     if not student.exists():
         return ours
     try:
-        source = student.read_text("utf-8")
+        source = student.read_text("utf-8-sig")  # some editors of Windows begin a file with a mark
     except UnicodeDecodeError as error:
         raise Mistake(f"{student} is not UTF-8 text: {error}") from None
-    if functions and does_not_parse(file, source) and set(by_file(range(1, len(EXERCISES) + 1))[file]) <= set(functions):
+    every = by_file(range(1, len(EXERCISES) + 1)).get(file, functions)
+    if functions and does_not_parse(file, source) and set(every) <= set(functions):
         return ours
     for path in functions:
         try:
             theirs, own = find(ast.parse(source), path), find(ast.parse(ours), path)
-        except (SyntaxError, Mistake):  # it does not parse, or they have removed it: the tests will say so
+        except (SyntaxError, ValueError):  # it does not parse, or they have removed it: the tests will say so
             return source
         lines = ours.splitlines()[own.lineno - 1 : own.end_lineno]
         source = with_lines(source, theirs.lineno, theirs.end_lineno, lines)
@@ -119,7 +118,8 @@ def run_tests(folder, tests, seconds, ours={}):
         own = [case for case in cases if case.get("name", "").partition("[")[0] == name]
         wrong = [bad.get("message", "").strip() for case in own for bad in (*case.iter("failure"), *case.iter("error"))]
         if not own:  # the file could not even be imported
-            wrong = [bad.get("message", "no such test") for case in cases for bad in case.iter("error")] or ["not run"]
+            errors = [bad.text or "no such test" for case in cases for bad in case.iter("error")] or ["not run"]
+            wrong = [errors[0].strip().splitlines()[-1].removeprefix("E").strip()]
         verdicts[test] = (wrong[0] or "failed").splitlines()[0][:160] if wrong else None
     return verdicts
 
@@ -156,8 +156,8 @@ def grade(folder, numbers, seconds):
 
 
 def waits_for(bad, number):
-    """A red test of this exercise -> the other one whose empty function it meets, "9: kl_k3", or None. Only in a
-    starter: the instructor's copy puts its own text there."""
+    """A red test of this exercise -> the exercise whose empty function it ran into, like "9: kl_k3", or None. That
+    happens in a starter only: the instructor's copy puts its own text there."""
     other = re.search(r"exercise (\d+: \w+)", bad["error"])
     return other[1] if other and int(other[1].partition(":")[0]) != number else None
 
@@ -188,7 +188,7 @@ def grade_run(folder, world_seed=None):
         records, samples = (list(read_log(folder / file)) for file in ("metrics.jsonl", "samples.jsonl"))
         whole = [r["step"] for r in records] == list(range(config["steps"] + 1))
         reached = {name: float(records[-1].get(name, 0.0)) for name in wanted}
-        shown = {sample["question"] for sample in samples}
+        shown, limit = {sample["question"] for sample in samples}, int(config["eval_limit"])
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise Mistake(f"{folder} is not the folder of a run: {error!r:.200}") from None
     if not wanted:
@@ -197,11 +197,11 @@ def grade_run(folder, world_seed=None):
     numbers = [value for r in records for value in r.values() if isinstance(value, (int, float))]
     checks.append(("all numbers are finite", None if all(map(math.isfinite, numbers)) else "NaN or infinity"))
     for name, bar in wanted.items():
-        checks.append((f"{name} is at least {bar}", f"it is {reached[name]:.3f}" if reached[name] < bar else None))
+        checks.append((f"{name} is at least {bar}", None if reached[name] >= bar else f"it is {reached[name]:.3f}"))
     for name in ("no_search", "no_mask", "shuffle_rewards"):
         checks.append((f"without --{name.replace('_', '-')}", "it is set" if config[name] else None))
-    asked = f"it is {config['eval_limit']}" if config["eval_limit"] != Config.eval_limit else None
-    checks.append((f"evaluated with --eval-limit {Config.eval_limit}", asked))
+    other = None if limit == Config.eval_limit else f"it is {limit}"
+    checks.append((f"evaluated with --eval-limit {Config.eval_limit}", other))
     # The checkpoint answers its world's questions again: edited metrics do not survive this.
     checkpoint = folder / f"checkpoint-{config['steps']}"
     checks.append(("its last checkpoint is there", None if checkpoint.exists() else f"there is no {checkpoint}"))
@@ -209,17 +209,17 @@ def grade_run(folder, world_seed=None):
         return checks
     settings, about = data.load_settings(checkpoint)
     world_seed = config["world_seed"] if world_seed is None else world_seed
-    own = about["world_seed"] == config["world_seed"] == world_seed
-    checks.append((f"it is of world {world_seed}", None if own else f"it is of world {about['world_seed']}"))
+    saved = {config["world_seed"], about["world_seed"]}
+    checks.append((f"it is of world {world_seed}", None if saved == {world_seed} else f"it says {sorted(saved)}"))
     policy, tokenizer = data.load_checkpoint(str(checkpoint))
     questions, engine, _ = data.task(config["world_seed"])
     foreign = shown - {q.text for q in questions} or not shown
     checks.append(("samples.jsonl has questions of this world", "it has others, or none" if foreign else None))
-    asked = data.fixed_sample(questions, config["eval_limit"])
-    again, _ = evaluate(policy, tokenizer, asked, engine.search, settings, about["method"])
+    asked = data.fixed_sample(questions, limit)
+    again, _ = evaluate(policy, tokenizer, asked, engine.search, settings, "search-r1")
     for name in wanted:
         found = again[name.removeprefix("eval/")]
-        why = f"{found:.3f}, the log has {reached[name]:.3f}" if abs(found - reached[name]) > NOISE else None
+        why = None if abs(found - reached[name]) <= NOISE else f"{found:.3f}, the log has {reached[name]:.3f}"
         checks.append((f"the checkpoint gives {name}", why))
     return checks
 
@@ -241,7 +241,6 @@ def main(argv=None):
     if args.world_seed is not None and not args.run:
         raise Mistake("--world-seed goes with --run")
     if args.run:
-        torch.manual_seed(0)
         checks = grade_run(args.run, args.world_seed)
         results = [{"check": what, "wrong": why} for what, why in checks]
         print("\n".join(f"{'wrong' if why else 'fine '}  {what}{f': {why}' if why else ''}" for what, why in checks))

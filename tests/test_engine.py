@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from conftest import PASSAGES, ScriptedPolicy, random_model, sampled
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import engine
 import searchr1
@@ -104,8 +105,8 @@ def test_an_engine_that_loses_a_query_is_an_error(short_prompt):
 def test_the_cached_rollout_equals_encoding_everything_again(model, tokenizer):
     """Claim: greedy, ragged, over several turns: each sampled token is the argmax of one plain forward pass over all
     ids before it, without a cache.
-    Fails if: positions start at 0 for a new block (`starts_n1 + steps_T` -> `0 * starts_n1 + steps_T` in place), or the
-    first id of a prompt is not fed (`slots.lengths[row] :` -> `slots.lengths[row] + 1 :` in pending).
+    Fails if: positions start at 0 for a new block (`starts_n1 + torch.minimum` -> `0 * starts_n1 + torch.minimum`), or
+    the first id of a prompt is not fed (`slots.lengths[row] :` -> `slots.lengths[row] + 1 :` in pending).
     """
     rollouts = sampled(model, tokenizer, 0.0)
     for r in rollouts:
@@ -116,6 +117,20 @@ def test_the_cached_rollout_equals_encoding_everything_again(model, tokenizer):
     # the comparison means something only if there were searches, rows of different lengths and several turns
     assert sum(r.num_searches for r in rollouts) >= 2
     assert len({len(r.ids) for r in rollouts}) > 2 and max(len(r.turns) for r in rollouts) > 2
+
+
+def test_padding_has_no_position_beyond_its_row():
+    """Claim: a model with learned positions (GPT-2) is fed a short block beside a long one although the short one's row
+    is nearly full; both get the logits of a plain forward pass.
+    Fails if: place() gives padding the positions after its row (`starts_n1 + steps_T`).
+    """
+    policy = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=50, n_positions=32)).eval()
+    slots, long, other = engine.Slots(policy, 2, 32), [i % 50 for i in range(29)], [i % 7 for i in range(20)]
+    with torch.no_grad():
+        engine.feed(policy, slots, [0], [long[:28]])
+        logits = engine.feed(policy, slots, [0, 1], [long[28:], other])
+        for row, ids in zip(logits, (long, other)):
+            torch.testing.assert_close(row, policy(torch.tensor([ids])).logits[0, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_each_greedy_turn_equals_generate(model, tokenizer):
@@ -148,7 +163,7 @@ def test_the_samplers_logprobs_equal_the_trainers(model, tokenizer, temperature)
 def test_neither_slots_nor_neighbours_nor_static_buffers_change_a_rollout(model, tokenizer, monkeypatch):
     """Claim: sampled conversations are the same, token for token, whether all are in flight at once or slots are
     refilled from the queue, in growing buffers or in the static ones of a CUDA graph, and with blocks fed in pieces.
-    Fails if: a token is drawn by its row (`running[row].number for row in rows` -> `row for row in rows`), a row that
+    Fails if: a token is drawn by its row (`[t.number for t in talks]` -> `list(range(len(talks)))`), a row that
     moves keeps its old length (`self.lengths[row] = length` -> `pass`), padding writes column 0
     (`positions_nT, self.capacity - 1` -> `positions_nT, 0`), or each number of rows gets a graph of its own
     (`(count // 8, count // 2, count)` -> `range(count + 1)`).

@@ -655,9 +655,10 @@ def test_who_does_not_search_needs_no_corpus(files, asked, capsys):
     evaluation.main(flags)
     assert [method for method, _ in asked] == [name for name in ("direct", "cot", "sft", "r1") for _ in range(2)]
     assert "average" not in capsys.readouterr().out  # of one set
-    for flag in (["rag"], ["--ask", "who?"], ["--chat"]):
+    talking = "--checkpoint ck --data one.jsonl".split()
+    for more in (flags + ["rag"], talking + ["--ask", "who?"], talking + ["--chat"]):
         with pytest.raises(Mistake, match="--data needs --corpus"):
-            evaluation.main(flags + flag)
+            evaluation.main(more)
 
 
 def test_the_table_has_a_row_a_method_and_the_average_of_the_sets(files, capsys, monkeypatch):
@@ -772,13 +773,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(checkpoint, capsys, flags, messag
         (["--ask", "who?", "--chat"], "--chat: not allowed with argument --ask"),
         (["--ask", "who?", "--json", "x.json"], "--json: not allowed with argument --ask"),
         (["--chat", "--plot", "run"], "--plot: not allowed with argument --chat"),
+        (["--ask", "who?", "--method", "rag"], "leave out --method and --limit"),
+        (["--chat", "--limit", "9"], "leave out --method and --limit"),
         (["--temperature", "-1"], "--temperature"),
         (["--temperature", "nan"], "--temperature"),
     ],
 )
 def test_flags_that_contradict_each_other_are_one_line(checkpoint, monkeypatch, flags, message):
     """Claim: what cannot be done is said before a model is loaded.
-    Fails if: the four flags do not go through add_mutually_exclusive_group.
+    Fails if: the four flags do not go through add_mutually_exclusive_group, or a check of `parse` is dropped.
     """
     monkeypatch.setattr(evaluation, "load_checkpoint", None)  # would be a TypeError
     with pytest.raises(Mistake, match=message):

@@ -126,9 +126,11 @@ def test_the_tests_run_on_the_students_functions_and_leave_nothing_behind(tmp_pa
 def test_a_script_that_python_cannot_read_is_named_with_its_line(tmp_path, monkeypatch):
     """Claim: an exercise counts as empty while the starter's raise is its first statement; a solution written above the
     raise is tried. A script that does not parse is named with its line, without a test being run, and spoils no
-    exercise of another script. A file that is no UTF-8 is one line.
+    exercise of another script. A file that is no UTF-8 is one line; one that begins with Windows' mark is read. Of a
+    function that is defined twice the last one counts.
     Fails if: unfinished takes any raise in the body, solved() keeps a broken script that holds none of the exercises
-    that are graded, or run_tests does not look at does_not_parse.
+    that are graded, or looks one up that has no exercises (`.get(file, functions)`), run_tests does not look at
+    does_not_parse, or find takes the first definition.
     """
     monkeypatch.chdir(tmp_path)
     assignment.main(["s", "--exercises", "1,5,13"])
@@ -144,6 +146,13 @@ def test_a_script_that_python_cannot_read_is_named_with_its_line(tmp_path, monke
     assert list(verdicts.values()) == [f"searchr1.py line {line}: '(' was never closed"]
     functions = assignment.by_file(n for n in range(1, 17) if n != 13)["searchr1.py"]
     assert grade.solved("s", "searchr1.py", functions) == (ROOT / "searchr1.py").read_text()
+    assert grade.solved("s", "searchr1.py", ["gae"]) == broken
+    Path("s/train.py").write_text("def train(:\n")
+    assert grade.solved("s", "train.py", ["update"]) == (ROOT / "train.py").read_text()
+    twice = (ROOT / "searchr1.py").read_text() + "\n\ndef whiten(x, mask):\n    return x\n\x0c\n"
+    script.write_bytes(b"\xef\xbb\xbf" + twice.replace("return x\n", f"{left}\n").replace("5", "6").encode())
+    assert grade.unfinished("s", 6)
+    assert grade.solved("s", "searchr1.py", ["whiten"]).endswith("rsqrt(variance + 1e-8)\n\x0c\n")
     script.write_bytes(b"# caf\xe9\n")
     assert "searchr1.py is not UTF-8 text" in refused(grade.main, ["s"])
 
@@ -246,7 +255,8 @@ def test_a_bug_hunt_plants_three_mistakes_and_hides_what_knows_them(tmp_path, mo
     monkeypatch.setattr(mutants, "run_tests", red)
     assert grade.main(["hunt", "--bughunt", "ada"]) == 1
     lines = capsys.readouterr().out.splitlines()[-4:]
-    assert [line.startswith("NOT mended") for line in lines] == [False, True, False, False] and lines[2].endswith(" red")
+    assert [line.startswith("NOT mended") for line in lines] == [False, True, False, False]
+    assert lines[2].endswith(" red")
     assert "do not go together" in refused(grade.main, ["hunt", "--bughunt", "ada", "--exercises", "1"])
     others = lambda i: sorted(mutants.place(bug) for k, bug in enumerate(bugs) if k != i)
     assert ours == [([bug.test], others(i)) for i, bug in enumerate(bugs)]
@@ -287,6 +297,7 @@ def test_a_copied_or_edited_run_is_recognised(tmp_path, monkeypatch, tokenizer, 
     world_seed = 0
     assert graded() == []
     assert graded(em=1.0) == ["the checkpoint gives eval/em_1hop"]
+    assert graded(em="nan") == ["eval/em_1hop is at least 0.0", "the checkpoint gives eval/em_1hop"]
     assert graded(steps=(0, 2)) == ["every step is in the log, once"]
     Path("run/samples.jsonl").write_text(sample.replace(world.test[0].text, world.train[0].text))
     assert graded() == ["samples.jsonl has questions of this world"]

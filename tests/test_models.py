@@ -20,7 +20,7 @@ import searchr1
 import train
 from bench_kernels import peak_memory
 from conftest import a_batch, shaped
-from engine import Slots, feed
+from engine import Mistake, Slots, feed
 from models import Adapted, adam, adapt, make_models, merged_state, predict_memory, predicted_peak, role, trained
 
 FAMILIES = ("Qwen2", "Qwen3", "Llama")
@@ -282,13 +282,17 @@ def test_predicted_weights_adapters_and_optimiser_states_are_the_tensors_bytes(t
 
 
 def test_memory_is_predicted_for_a_config_that_does_not_say_how_wide_the_mlp_is():
-    """Claim: GPT-2's config has no intermediate_size; its MLP is four times as wide as the model, and counted so.
-    Fails if: predict_memory reads c.intermediate_size alone, or takes another width.
+    """Claim: GPT-2's config has no intermediate_size; its MLP is four times as wide as the model, and counted so. It has
+    no torch.nn.Linear either: adapters are refused in one line.
+    Fails if: predict_memory reads c.intermediate_size alone, or takes another width, or adapt returns a model in which
+    nothing is trained.
     """
     policy = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=50))
     unsaid = predict_memory(policy, train.Config())
     policy.config.intermediate_size = policy.transformer.h[0].mlp.c_fc.nf
     assert predict_memory(policy, train.Config()) == unsaid
+    with pytest.raises(Mistake, match="--lora-rank 8: GPT2LMHeadModel has no linear layers to adapt"):
+        adapt(policy, ("policy",), 8, 16.0)
 
 
 @pytest.mark.parametrize("rank, checkpointing, kind", [(0, False, "Qwen2"), (4, False, "Qwen3"), (4, True, "Llama")])

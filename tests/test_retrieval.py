@@ -439,7 +439,7 @@ def test_bm25_is_the_formula():
     """Claim: scores are those of the formula, computed word by word for each passage, and rows come in the order of the
     scores, the best ones if fewer are asked for. A passage without a word of the query is not found.
     Fails if: the lists are not sorted by word, idf loses its `1 +`, a score of 0 is returned, or the worst come
-    first (`(best, -score_N[best])` -> `(best, score_N[best])`).
+    first (`argsort(-score_N[best]` -> `argsort(score_N[best]`).
     """
     contents = [("", "a b b c"), ("a", "c c c c c d"), ("", "b d e f"), ("z", "y")]
     passages = [Passage(str(i), title, text) for i, (title, text) in enumerate(contents)]
@@ -901,6 +901,8 @@ def test_the_client_never_invents_an_empty_result():
         unused.bind(("127.0.0.1", 0))
         nobody = fails(unused, "")
         assert HttpEngine(nobody).search(["", " "], 3) == [[], []]
+        with pytest.raises(ValueError, match="top_k=0"):  # a server would take its own default for it
+            HttpEngine(nobody).search(["name1"], 0)
 
 
 def test_one_word_says_which_engine(server, corpus, tmp_path):

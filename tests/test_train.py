@@ -135,8 +135,8 @@ def test_groups_that_teach_nothing_make_way_for_new_questions(small_base, monkey
     """Claim: [DAPO] with --redraws N, groups of equal rewards are replaced by groups about other questions, N times at
     most; groups with a difference stay where they are, and what is trained has each rollout paid for its own question.
     Which questions these are does not depend on the number of steps, which the cooldown and --steps change.
-    Fails if: write() replaces the other groups, or computes the rewards of the first rollouts only, or the loop draws those
-    of `step + k * config.steps`.
+    Fails if: write() replaces the other groups, or computes the rewards of the first rollouts only, or the loop draws
+    the questions of `step + k * config.steps`.
     """
     rounds, rewards, trained = [], train.rewards, []
 
@@ -446,12 +446,14 @@ def test_the_kl_in_the_loss_has_the_gradient_of_its_definition(tokenizer, model,
 @pytest.mark.paper
 def test_sft_raises_the_logprob_of_the_gold_answer_and_of_nothing_else(tokenizer, model):
     """Claim: an example of SFT is the prompt of direct inference and the gold answer; the prompt is masked; the
-    gradient is that of the mean negative log-likelihood of the answer's tokens.
-    Fails if: gold_example appends the prompt with log-probs (mask True), or fine_tuning_loss loses its minus.
+    gradient is that of the mean negative log-likelihood of the answer's tokens. Its one turn is a valid action.
+    Fails if: gold_example appends the prompt with log-probs (mask True), or leaves num_valid_actions at 0, or
+    fine_tuning_loss loses its minus.
     """
     who = Question("1", "who is kinake?", ("gugoton", "second"))
     where = Question("2", "where is kinake?", ("kinake gugoton",))
     rollouts = [train.gold_example(question, tokenizer) for question in (who, where)]
+    assert [r.num_valid_actions / len(r.turns) for r in rollouts] == [1, 1]
     texts = [(tokenizer.decode(r.ids[: r.prompt_length]), tokenizer.decode(r.ids[r.prompt_length :])) for r in rollouts]
     assert texts[0] == ("<question> who is kinake ? </question> <answer>", "gugoton </answer>")
     assert texts[1] == ("<question> where is kinake ? </question> <answer>", "kinake gugoton </answer>")
@@ -1193,8 +1195,8 @@ def test_out_of_memory_is_one_line_that_names_the_flags_and_loses_no_step(
 
 def test_out_of_memory_in_an_evaluation_costs_the_evaluation_only(tokenizer, enough, monkeypatch, tmp_path):
     """Claim: memory that runs out in the last evaluation ends the run with the flag to lower; the step before it is
-    logged and saved.
-    Fails if: orderly_end() catches SearchFailed alone.
+    logged and saved. All steps are done, so the line points to the evaluation: --resume would refuse.
+    Fails if: orderly_end() catches SearchFailed alone, or does not compare the step with config.steps.
     """
     evaluate, left = train.evaluate, [1]  # the first evaluation has enough
 
@@ -1209,7 +1211,7 @@ def test_out_of_memory_in_an_evaluation_costs_the_evaluation_only(tokenizer, eno
         short_run(loud_model("Qwen3", tokenizer), tokenizer, str(tmp_path), algo="grpo", lora_rank=2)
     text = str(ended.value)
     assert text.startswith(f"out of memory; {SHORT_OF_MEMORY}") and "\n" not in text
-    assert "saved after step 2, continue with" in text
+    assert text.endswith(f"saved after step 2, see: python eval.py --checkpoint {tmp_path}")
     assert (tmp_path / "checkpoint-2/trainer_state.pt").exists()
     assert metrics(tmp_path)[:2] == enough[:2] and metrics(tmp_path)[2].items() <= enough[2].items()
 
@@ -1345,6 +1347,8 @@ def test_easy_questions_come_first(here):
     ranks = train.first_ranks(questions, search)
     assert ranks[questions[1]] == ranks[questions[3]] == 0 and ranks[questions[0]] in (1, 2)
     assert ranks[questions[2]] == 3
+    unknown = Question("4", "xyzzy", ("green",), 1)  # BM25 finds nothing for it
+    assert search([unknown.text], 3) == [[]] and train.first_ranks([unknown], search) == {unknown: 3}
     calls = []
     train.first_ranks(questions * 200, lambda asked, most: calls.append(len(asked)) or search(asked, most))
     assert calls == [512, 288]
@@ -1459,7 +1463,11 @@ MISTAKES = [
     ("--algo sft --group-size 5", "one example a question"),
     ("--kl exact --kl-in reward", "--kl exact is a loss"),
     ("--kl exact --algo rejection", "--kl exact: --algo rejection has no KL in its loss"),
-    ("--kl-in reward --kl-coef 0.1 --algo rejection", "--kl-in reward: --algo rejection takes no KL"),
+    ("--kl-coef 0.1 --algo rejection", "--kl-coef 0.1: --algo rejection takes no KL"),
+    ("--clip-eps -0.2", "--clip-eps -0.2: must be above 0"),
+    ("--value-clip 0", "--value-clip 0.0: must be above 0"),
+    ("--gamma 2", "--gamma 2.0, --lam 1.0: each must be from 0 to 1"),
+    ("--lam -0.1", "--gamma 1.0, --lam -0.1: each must be from 0 to 1"),
     ("--eval-limit -1", "--eval-limit -1: cannot be negative"),
     ("--preset real", "--preset real needs --model"),
     ("--eval-data q.jsonl", "--eval-data needs --train-data"),
