@@ -86,6 +86,11 @@ def unfinished(folder, number):
     return False
 
 
+def last_line(text):
+    """The last line of what pytest printed, without its mark of an error."""
+    return text.strip().splitlines()[-1].removeprefix("E  ").strip()
+
+
 def run_tests(folder, tests, seconds, ours={}):
     """Run "file::test"s on the scripts in `folder`, which stays as it is, with our text for {file: "Class.function"s}
     -> {test: None if all its cases are green, else the first line of what went wrong}. The process is killed after so
@@ -109,8 +114,7 @@ def run_tests(folder, tests, seconds, ours={}):
         except subprocess.TimeoutExpired:
             return dict.fromkeys(tests, f"not done after {seconds} seconds")
         if not report.exists():
-            said = (done.stdout + done.stderr).strip().splitlines() or ["the process of the tests died without a word"]
-            return dict.fromkeys(tests, said[-1])
+            return dict.fromkeys(tests, last_line(done.stdout + done.stderr or "the process died without a word"))
         cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
     verdicts = {}
     for test in tests:
@@ -119,7 +123,7 @@ def run_tests(folder, tests, seconds, ours={}):
         wrong = [bad.get("message", "").strip() for case in own for bad in (*case.iter("failure"), *case.iter("error"))]
         if not own:  # the file could not even be imported
             errors = [bad.text or "no such test" for case in cases for bad in case.iter("error")] or ["not run"]
-            wrong = [errors[0].strip().splitlines()[-1].removeprefix("E").strip()]
+            wrong = [last_line(errors[0])]
         verdicts[test] = (wrong[0] or "failed").splitlines()[0][:160] if wrong else None
     return verdicts
 

@@ -199,6 +199,17 @@ def test_one_wrong_exercise_does_not_spoil_another(tmp_path, monkeypatch, capsys
     assert f"claim: {grade.claim_of(wrong)}" in out and "hint: A long rollout has more to say" in out
 
 
+def test_an_import_that_fails_is_shown_with_its_name(tmp_path):
+    """Claim: where a student's script cannot be imported, the verdict on a test is the last line of the error.
+    Fails if: run_tests takes pytest's message, "collection failure", for every such error.
+    """
+    for file, number in (("retrieval.py", 13), ("models.py", 12)):  # conftest.py imports the first, the tests both
+        (tmp_path / file).write_text("import nump\n" + (ROOT / file).read_text())
+        verdicts = grade.run_tests(tmp_path, exercises.EXERCISES[number - 1].tests, 100)
+        assert set(verdicts.values()) == {"ModuleNotFoundError: No module named 'nump'"}
+        (tmp_path / file).unlink()
+
+
 def test_a_hanging_solution_is_killed(tmp_path, monkeypatch):
     """Claim: tests that are not done in time have failed, and the message says so.
     Fails if: the process gets no time limit.
