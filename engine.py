@@ -86,10 +86,11 @@ class Slots:
         table = torch.tensor(table, device=self.device)
         rows_n, starts_n1, counts_n1, ids_nT = table[:, 0], table[:, 1:2], table[:, 2:3], table[:, 3:]
         steps_T = torch.arange(T, device=self.device)
-        positions_nT = starts_n1 + torch.minimum(steps_T, (counts_n1 - 1).clamp_min(0))  # padding stays within the row
+        last_n1 = (counts_n1 - 1).clamp_min(0)
+        positions_nT = starts_n1 + torch.minimum(steps_T, last_n1)  # padding stays within the row
         places_nT = torch.where(steps_T < counts_n1, positions_nT, self.capacity - 1)
         block = Block(self, rows_n, list(rows) == list(range(len(rows))), positions_nT, places_nT, width)
-        return ids_nT, (counts_n1[:, 0] - 1).clamp_min(0), block
+        return ids_nT, last_n1[:, 0], block
 
     def copy(self, source, targets):
         """Make slots `targets` equal to slot `source`: for the members of a group, or to move a row to a free slot."""
