@@ -355,8 +355,7 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
     def writing(row):
         """Is the row in the middle of a turn: all that its slot lacks is the last token?"""
         talk = running[row]
-        going_on = talk.held is talk.context and talk.query is None and not talk.done
-        return going_on and len(talk.context.ids) - slots.lengths[row] == 1
+        return talk.held is talk.context and talk.query is None and not talk.done and len(pending(row)) == 1
 
     def places(talks):
         """Number and next position of each conversation, [2, n]: where the draw of its next token stands."""
@@ -391,10 +390,9 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
             step(takers, logits_nV[torch.tensor(source, device=device)], places(takers))
         # One token a row and step, until a quarter of the rows wait. Only the new ids travel to the GPU each time.
         at_2n = places(running)
-        while rows := [row for row in range(len(running)) if writing(row)]:
-            if len(running) - len(rows) >= max(1, len(running) // 4):
+        while any(takers := [talk if writing(row) else None for row, talk in enumerate(running)]):
+            if takers.count(None) >= max(1, len(running) // 4):
                 break
-            blocks = [pending(row) if writing(row) else [] for row in range(len(running))]
-            takers = [talk if block else None for talk, block in zip(running, blocks)]
+            blocks = [pending(row) if talk else [] for row, talk in enumerate(takers)]
             step(takers, feed(policy, slots, range(len(running)), blocks), at_2n)
             at_2n[1] += 1

@@ -38,8 +38,8 @@ import engine
 from data import Mistake, Parser, fixed_sample, load_checkpoint, load_settings, run_main, task
 from retrieval import Passage, whole_characters, written_whole
 from searchr1 import (HARMLESS, Rollout, Settings, begin, check_format, converse, f1_score, format_passages,
-    make_prompt, normalize_answer, observation_ids, outcome_reward, paint, parts, policy_view, prompt_ids,
-    retrieved_gold, transcript, turn_ended)  # fmt: skip
+    holds_gold, make_prompt, normalize_answer, observation_ids, outcome_reward, paint, parts, policy_view, prompt_ids,
+    transcript, turn_ended)  # fmt: skip
 
 # ----- 1. Metrics -----
 
@@ -54,7 +54,7 @@ def scores_of(r, method):
     scores = {
         "em": outcome_reward(r.answer, gold_answers), "f1": f1_score(r.answer or "", gold_answers),
         "sub_em": sub_exact_match(r.answer, gold_answers) if r.answer is not None else 0.0,
-        "hit": retrieved_gold(r, gold_answers), "searches": r.num_searches, "turns": len(r.turns),
+        "hit": holds_gold(r.found, gold_answers), "searches": r.num_searches, "turns": len(r.turns),
         "finished": r.finished, "response_tokens": sum(r.response_mask),
     }  # fmt: skip
     return scores | ({"valid_format": check_format(policy_view(r))[0]} if method in WITH_FORMAT else {})
@@ -236,8 +236,7 @@ WITH_FORMAT = ("search-o1", "r1", "rejection", "search-r1")  # what they write i
 # ----- 3. A method over many questions -----
 
 def answer(policy, tokenizer, questions, search, settings, method, temperature, generator, slots, bar):
-    """Answer each question by a method of METHODS, all at once -> list of Rollouts in the order of the questions.
-    temperature, generator, slots: engine.run. bar: of tqdm, moves whenever a question is answered."""
+    """Answer each question by a method of METHODS, all at once -> list of Rollouts in the order of the questions."""
     ends, rollouts = engine.end_ids(policy, tokenizer), [Rollout(question, [], [], [], 0) for question in questions]
 
     def conversation(r):

@@ -87,7 +87,6 @@ LAPTOP = {
     "max_length": 448, "top_k": 1, "easy_first": True, "eval_every": 20, "eval_limit": 100, "save_every": 5,
 }  # fmt: skip
 LAPTOP_ONE = {"batch_size": 40, "group_size": 1}
-LAPTOP_FORMAT = {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4}
 
 # The tiny world. until_learned is off: the EM in the log is that of the imitated rollouts, not of the policy.
 IMITATION = {"kl_coef": 0.0, "minibatches": 1, "until_learned": False}
@@ -128,7 +127,7 @@ PRESETS = {
     "laptop/reinforce": LAPTOP | LAPTOP_ONE,
     "laptop/sft": LAPTOP | LAPTOP_ONE,
     "laptop/rejection": LAPTOP | {"reward": "em"},  # what is half right is not imitated
-    "laptop/format": LAPTOP | LAPTOP_FORMAT,
+    "laptop/format": LAPTOP | {"batch_size": 8, "group_size": 1, "steps": 20, "warmup_steps": 4},
     "paper/grpo": PAPER,
     "paper/ppo": PAPER | PAPER_ONE | {"kl_in": "reward"},
     "paper/reinforce": PAPER | PAPER_ONE,
@@ -242,16 +241,10 @@ class Models:
 
     policy: torch.nn.Module  # also the engine that samples
     reference: torch.nn.Module  # pi_ref of Eq. 1: the policy as it was at the start, frozen
-    critic: torch.nn.Module | None  # it and its optimiser: None except for PPO
-    optimizer: torch.optim.Optimizer
-    critic_optimizer: torch.optim.Optimizer | None
+    critic: torch.nn.Module | None  # None except for PPO
+    learners: list  # (role, network, its optimiser) of what is trained, the policy first
     updates: int = 0  # optimiser steps of the update in progress, counted as they begin
     broken: Counter = field(default_factory=Counter)  # role -> gradients in a row that were not finite
-
-    def learners(self):
-        """(role, network, its optimiser) of what is trained."""
-        critic = [("critic", self.critic, self.critic_optimizer)] if self.critic else []
-        return [("policy", self.policy, self.optimizer)] + critic
 
 def make_models(policy, config):
     """A causal LM and the Config of train.py -> Models. The policy stays the object it is."""
@@ -268,8 +261,10 @@ def make_models(policy, config):
     if config.gradient_checkpointing:
         for layer in decoder_layers(policy) + (decoder_layers(critic) if ppo else []):
             layer.forward = types.MethodType(recomputed, layer)
-    critic_optimizer = adam(trained(critic, "critic"), config.critic_lr, config) if ppo else None
-    return Models(policy, reference, critic, adam(trained(policy, "policy"), config.lr, config), critic_optimizer)
+    learners = [("policy", policy, adam(trained(policy, "policy"), config.lr, config))]
+    if ppo:
+        learners.append(("critic", critic, adam(trained(critic, "critic"), config.critic_lr, config)))
+    return Models(policy, reference, critic, learners)
 
 def try_kernels(device):
     """Launch the Triton kernels once, forward and back, before anything is trained. PITFALL: Triton builds its driver
@@ -346,9 +341,6 @@ def predict_memory(policy, config, search_bytes=0):
     logits += tokens * D * e * (config.kl_in == "loss" and config.kl_coef > 0)  # the reference's hidden states
 
     slots = config.slots or config.batch_size * config.group_size
-    # A block of passages on its way through a layer [engine.feed]: keys and values of its rows, gathered and repeated
-    # for all heads (FEED_TOKENS columns), and the MLP's parts (as many ids at most, if all of them are prompts).
-    block = e * min(FEED_TOKENS, slots * config.max_length) * (2 * kv + 2 * q + 3 * I + 4 * D)
     sets = 1 + (config.algo in ("rejection", "format"))  # of slots: there the base model has a second one
     kernels = layers * STEP_KERNELS + len(learning) * ADAPTER_KERNELS * lora + 20  # of a decoding step
     return {
@@ -365,7 +357,9 @@ def predict_memory(policy, config, search_bytes=0):
         "context, workspaces": (CONTEXT + WORKSPACES) * on_card,
         "search engine": search_bytes,
         "lm_head in fp32": 4 * V * D * (device == "cpu" and e != 4),  # of the engine
-        "a block": block,
+        # A block of passages on its way through a layer [engine.feed]: keys and values of its rows, gathered and
+        # repeated for all heads (FEED_TOKENS columns), and the MLP's parts (as many ids at most, if all are prompts).
+        "a block": e * min(FEED_TOKENS, slots * config.max_length) * (2 * kv + 2 * q + 3 * I + 4 * D),
         "sampling": slots * V * (4 * 4 + 2 * 8),  # logits, scaled, log p, p in fp32; p and its sums in float64
         # Gradient of a trained lm_head, and of a tied embedding, too: held until the body's backward pass is over.
         "head's gradient": 0 if lora else e * V * D * (1 + bool(c.tie_word_embeddings)),
@@ -398,17 +392,15 @@ class Costs:
     def end(self, phase):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.metrics[f"memory_gib/{phase}"] = peak_bytes(self.device) / 2**30
+            self.metrics[f"memory_gib/{phase}"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             free, total = torch.cuda.mem_get_info(self.device)  # context and graphs included
             self.metrics["memory_gib/card"] = max(self.metrics.get("memory_gib/card", 0), (total - free) / 2**30)
             torch.cuda.reset_peak_memory_stats(self.device)
         spent, self.began = time.perf_counter() - self.began, time.perf_counter()
         self.metrics[f"timing_s/{phase}"], self.seconds = spent, self.seconds + spent
 
-def peak_bytes(device):
-    """The most that this process has held so far: on CUDA in tensors, elsewhere as resident memory (0 on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_bytes():
+    """The most that this process has held so far, as resident memory (0 on Windows)."""
     if sys.platform == "win32":
         return 0
     import resource  # which Windows does not have

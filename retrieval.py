@@ -640,9 +640,9 @@ def main(argv=None):
         for passage, score in engine_from(args.where).search_scores([args.question], args.top_k)[0]:
             line = f"{score:8.3f}  {passage.title}  [{passage.id}]\n          {passage.text}\n"
             print("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line))  # no escapes for a terminal
+    elif not 1 <= args.top_k <= MAX_TOP_K:
+        raise ValueError(f"--top-k {args.top_k}: must be from 1 to {MAX_TOP_K}")
     else:
-        if not 1 <= args.top_k <= MAX_TOP_K:
-            raise ValueError(f"--top-k {args.top_k}: must be from 1 to {MAX_TOP_K}")
         server = Server(engine_from(args.where), args.host, args.port, args.top_k)
         to = "this machine alone" if args.host in ("127.0.0.1", "localhost") else "every machine that can reach it"
         print(f"{args.where} answers {to} at http://{args.host}:{server.server_port}/retrieve", flush=True)

@@ -465,15 +465,12 @@ def format_reward(rollout, gold_answers, structure=0.2, final=0.1, retrieval=0.0
     if outcome_reward(rollout.answer, gold_answers):
         return 1.0 if valid else 1.0 - structure
     if valid:
-        return structure + retrieval * retrieved_gold(rollout, gold_answers)
+        return structure + retrieval * holds_gold(rollout.found, gold_answers)
     return final if rollout.answer is not None else 0.0
 
-def retrieved_gold(rollout, gold_answers):
-    """True if some gold answer, normalised, is part of a passage that was found (also one that was cut away)."""
-    return holds_gold([p for passages in rollout.found for p in passages or []], gold_answers)
-
-def holds_gold(passages, gold_answers):
-    texts = [normalize_answer(f"{p.title} {p.text}") for p in passages]
+def holds_gold(found, gold_answers):
+    """True if a gold answer, normalised, is part of a passage in the lists of `found` (also one that was cut away)."""
+    texts = [normalize_answer(f"{p.title} {p.text}") for passages in found for p in passages or []]
     return any(gold and gold in text for gold in map(normalize_answer, gold_answers) for text in texts)
 
 # ----- 10. Reading a rollout, and a demonstration without a model -----

@@ -205,7 +205,7 @@ def train(config, policy, task):
             if learned(records, config) and step + config.cooldown < config.steps:
                 config.steps = bar.total = step + config.cooldown
                 write_config(config)
-                tqdm.write(f"step {step}: nearly learned; {config.cooldown} more steps at a falling learning rate")
+                tqdm.write(f"step {step}: nearly learned; the run ends at step {config.steps}, at a falling rate")
 
             # Phase 8. Evaluate and save.
             try:
@@ -387,7 +387,7 @@ def update(models, batch, step, config, rng):
         return {}  # no right answer to imitate; or all advantages are 0, and neither KL nor bonus acts
     policy_loss_of = fine_tuning_loss if config.algo in FINE_TUNING else reinforcement_loss
     train_policy = not models.critic or step > config.critic_warmup_steps  # a critic that knows nothing would add noise
-    learners = models.learners() if train_policy else models.learners()[1:]
+    learners = models.learners if train_policy else models.learners[1:]
     warmups = {"policy": (config.lr, config.warmup_steps), "critic": (config.critic_lr, config.critic_lr_warmup_steps)}
     rows = list(range(len(batch.ids_BL)))
     rng.shuffle(rows)
@@ -589,7 +589,7 @@ def save_checkpoint(step, models, tokenizer, config):
     about = {"world_seed": config.world_seed, "corpus": config.corpus or None, "encoder": config.encoder}
     about |= {"method": config.method, "base": config.model or models.policy.name_or_path}
     state = {"step": step}
-    for name, network, optimizer in models.learners():  # the model's own file has merged or rounded weights
+    for name, network, optimizer in models.learners:  # the model's own file has merged or rounded weights
         state[f"{name}_optimizer"] = optimizer.state_dict()
         state[name] = {key: p.detach() for key, p in zip(trained(network, name), optimizer.param_groups[0]["params"])}
     try:
@@ -636,7 +636,7 @@ def restore(models, task, slots, config):
         state = torch.load(saved, map_location="cpu", weights_only=True)  # a second copy might not fit on the card
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise Mistake(f"{saved} cannot be read: {error!r:.99}; a new run: --model {saved.parent}") from None
-    for name, network, optimizer in models.learners():
+    for name, network, optimizer in models.learners:
         adam = state[f"{name}_optimizer"]
         adam["param_groups"][0]["fused"] = optimizer.defaults["fused"]  # as this device wants it, not the saved run's
         optimizer.load_state_dict(adam)
@@ -747,7 +747,7 @@ def first_ranks(questions, search, most=3):
     """Questions -> {Question: place, from 0, of the first passage with a gold answer, if it is the query, or most}."""
     bar = tqdm(range(0, len(questions), 512), desc="easy first", delay=2)
     found = [passages for at in bar for passages in search([q.text for q in questions[at : at + 512]], most)]
-    place = lambda q, passages: next((i for i, p in enumerate(passages) if holds_gold([p], q.gold_answers)), most)
+    place = lambda q, passages: next((i for i, p in enumerate(passages) if holds_gold([[p]], q.gold_answers)), most)
     return {q: place(q, passages) for q, passages in zip(questions, found)}
 
 def load_tiny(config, device, format_steps):
@@ -831,6 +831,7 @@ def check_config(c):
         f"{given('device')}: torch finds none here": c.device != "auto" and not getattr(torch, c.device).is_available(),
         f"{given('group_size')}: {c.algo} has one example a question": c.algo in ("sft", "format") and c.group_size > 1,
         f"{given('redraws')}: a group of one has no spread": c.redraws and c.group_size == 1,
+        f"{given('redraws')}: shuffled rewards say nothing about a group": c.redraws and c.shuffle_rewards,
         "--algo format shows how to search: leave out --no-search and --max-turns 0":
             c.algo == "format" and (c.no_search or not c.max_turns),
         f"{given('lora_layers')}: without --lora-rank there are no adapters": c.lora_layers and not c.lora_rank,
@@ -877,7 +878,7 @@ def main(argv=None):
     out = Path(config.output_dir)
     records = list(read_log(out / "metrics.jsonl"))
     # On a GPU: what all programs together hold on the card (log by phase: tensors only). On a CPU: the whole process.
-    held = max(r.get("memory_gib/card", 0) for r in records) * 2**30 or peak_bytes(policy.device)
+    held = max(r.get("memory_gib/card", 0) for r in records) * 2**30 or peak_bytes()
     print(f"memory, predicted: {size(predicted_peak(memory)[0])}; measured, all included: {size(held)}; all in {out}")
     phases = ("rollout", "logprobs", "update", "eval")
     print("seconds: " + ", ".join(f"{p} {sum(r.get(f'timing_s/{p}', 0) for r in records):.0f}" for p in phases))

@@ -138,7 +138,7 @@ def one_step(preset, algo, device):
         rollout, rest = bench_slots.seconds(preset, algo, simulated)
         cells = f"{rollout:.0f} + {rest:.0f}"
     own = sum(sum(r.response_mask) for r in records)
-    tensors, card = f"{gib(peak_bytes(device))}, resident", "-"
+    tensors, card = f"{gib(peak_bytes())}, resident", "-"
     if device.type == "cuda":
         tensors = " / ".join(f"{costs.metrics[f'memory_gib/{phase}']:.1f}" for phase in phases)
         card = f"{costs.metrics['memory_gib/card']:.1f}"

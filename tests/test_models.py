@@ -164,14 +164,13 @@ def ppo_step(policy, batch, **values):
     values |= {"warmup_steps": 0, "critic_lr_warmup_steps": 0, "critic_warmup_steps": 0, "minibatches": 1}
     config = train.Config(algo="ppo", lr=1.0, critic_lr=1.0, kl_coef=0.5, max_grad_norm=1e9, **values)
     networks, before, after = make_models(policy, config), {}, {}
-    networks.optimizer, networks.critic_optimizer = (
-        torch.optim.SGD(network.parameters(), lr=1.0) for network in (networks.policy, networks.critic)
-    )
+    sgd = lambda network: torch.optim.SGD(network.parameters(), lr=1.0)
+    networks.learners = [(name, network, sgd(network)) for name, network, _ in networks.learners]
     torch.manual_seed(1)
     grow(networks.policy)
     torch.nn.init.normal_(networks.critic.head.weight)  # from 0 nothing would reach the body
     for found in (before, after):
-        for name, network, _ in networks.learners():
+        for name, network, _ in networks.learners:
             found |= {(name, key): p.detach().clone() for key, p in trained(network, name).items()}
         if found is before:
             train.update(networks, batch, 1, config, random.Random(0))
@@ -273,7 +272,7 @@ def test_predicted_weights_adapters_and_optimiser_states_are_the_tensors_bytes(t
     weights = {id(p): p for m in (networks.policy, networks.reference, networks.critic) for p in m.parameters()}
     names = ("weights", "reference's weights", "critic's weights", "critic's head", "adapters")
     assert sum(memory[name] for name in names) == total(weights.values())
-    optimizers = [optimizer for _, _, optimizer in networks.learners()]
+    optimizers = [optimizer for _, _, optimizer in networks.learners]
     masters = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
     assert memory["fp32 masters"] == total(p for p in masters if id(p) not in weights)
     assert memory["gradients"] == total(masters)
@@ -310,7 +309,7 @@ def test_predicted_activations_are_near_what_a_forward_and_backward_pass_holds(k
 
     def call():
         searchr1.token_logprobs(networks.policy, ids, torch.ones(4, 255)).logp.sum().backward()
-        networks.optimizer.zero_grad()
+        networks.learners[0][2].zero_grad()
 
     call()
     update = {"gradients", "activations", "log-probs", "one layer"}

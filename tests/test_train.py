@@ -62,8 +62,9 @@ def update(policy, reference, batch, critic=None, **values):
     """Phase 6 once, by plain SGD: at a rate of 1 the change of the weights is minus the gradient -> the losses."""
     warm = {"warmup_steps": 0, "critic_lr_warmup_steps": 0, "critic_warmup_steps": 0}
     config = train.Config(**{"minibatches": 1, "lr": 1.0, "critic_lr": 1.0, "max_grad_norm": 1e9} | warm | values)
-    sgd = lambda network: network and torch.optim.SGD(network.parameters(), lr=1.0)
-    return train.update(Models(policy, reference, critic, sgd(policy), sgd(critic)), batch, 1, config, random.Random(0))
+    sgd = lambda network: torch.optim.SGD(network.parameters(), lr=1.0)
+    learners = [(name, network, sgd(network)) for name, network in (("policy", policy), ("critic", critic)) if network]
+    return train.update(Models(policy, reference, critic, learners), batch, 1, config, random.Random(0))
 
 
 # ----- Phase 3: rewards -----
@@ -173,7 +174,7 @@ def test_kl_in_the_reward_is_k1_of_the_policys_tokens(tokenizer, model):
     """
     reference = random_model(tokenizer, seed=1)
     batch, rewards = a_batch(tokenizer, model)
-    networks = Models(model, reference, None, None, None)
+    networks = Models(model, reference, None, [])
     token_rewards = train.token_rewards(networks, batch, rewards, train.Config(kl_in="reward", kl_coef=0.1))
     with torch.no_grad():
         ref = torch.log_softmax(reference(input_ids=batch.ids_BL).logits[:, :-1], -1)
@@ -384,7 +385,7 @@ def test_the_critic_warms_up_by_its_own_steps(tokenizer, model):
     config = train.Config(algo="ppo", lr=0.01, critic_lr=0.02, **warm)
     networks = make_models(model, config)
     train.update(networks, batch, 3, config, random.Random(0))
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in (networks.optimizer, networks.critic_optimizer)]
+    rates = [optimizer.param_groups[0]["lr"] for _, _, optimizer in networks.learners]
     assert rates == pytest.approx([0.003, 0.02])
 
 
@@ -434,7 +435,7 @@ def test_the_kl_in_the_loss_has_the_gradient_of_its_definition(tokenizer, model,
     reference = random_model(tokenizer, seed=1)
     policy, exactly = copy.deepcopy(model), copy.deepcopy(model).double()
     config = train.Config(kl=kl, kl_coef=1.0)
-    train.reinforcement_loss(Models(policy, reference, None, None, None), batch, config)[0].backward()
+    train.reinforcement_loss(Models(policy, reference, None, []), batch, config)[0].backward()
     dict(zip(("k3", "exact"), kl_by_enumeration(exactly, reference.double(), batch)))[kl].backward()
     for got, want in zip(policy.parameters(), exactly.parameters()):
         torch.testing.assert_close(got.grad.double(), want.grad, atol=2e-5, rtol=1e-3)
@@ -1491,6 +1492,7 @@ MISTAKES = [
     ("--algo format --preset laptop --no-search", "--algo format shows how to search"),
     ("--algo format --preset laptop --max-turns 0", "--algo format shows how to search"),
     ("--redraws 1 --algo ppo", "--redraws 1: a group of one has no spread"),
+    ("--redraws 1 --shuffle-rewards", "--redraws 1: shuffled rewards say nothing about a group"),
     ("--easy-first", "--easy-first needs --model"),
     ("--lora-layers 2", "--lora-layers 2: without --lora-rank there are no adapters"),
 ]
