@@ -92,13 +92,16 @@ class Slots:
         block = Block(self, rows_n, list(rows) == list(range(len(rows))), positions_nT, places_nT, width)
         return ids_nT, last_n1[:, 0], block
 
-    def copy(self, source, targets):
-        """Make slots `targets` equal to slot `source`: for the members of a group, or to move a row to a free slot."""
-        length = self.lengths[source]
-        for row in targets:
-            self.lengths[row] = length
-            for store in (store for layer in self.layers for store in layer):
-                store[row, :, :length] = store[source, :, :length]
+    def copy(self, sources, targets):
+        """Make slot targets[i] equal to slot sources[i]: for members of a group, and to move rows to free slots."""
+        if not sources:
+            return
+        for source, target in zip(sources, targets):
+            self.lengths[target] = self.lengths[source]
+        width = max(self.lengths[row] for row in sources)
+        from_n, to_n = torch.tensor([sources, targets], device=self.device)
+        for store in (store for layer in self.layers for store in layer):
+            store[to_n, :, :width] = store[from_n, :, :width]
 
 @dataclass
 class Block:
@@ -303,13 +306,15 @@ def serve(talks, search):
             talk.advance(passages)
 
 def leave(running, slots):
-    """Conversations that are over leave, and the last row takes the slot of each."""
-    for talk in [talk for talk in running if talk.done]:
-        row, last = running.index(talk), running.pop()
-        if last is not talk:
-            slots.copy(len(running), [row])
-            running[row] = last
-        slots.lengths[len(running)] = 0
+    """Conversations that are over leave, and the last rows take their slots."""
+    n = sum(not talk.done for talk in running)
+    free = [row for row in range(n) if running[row].done]
+    moving = [row for row in range(n, len(running)) if not running[row].done]
+    slots.copy(moving, free)
+    for source, target in zip(moving, free):
+        running[target] = running[source]
+    slots.lengths[n:] = [0] * (len(slots.lengths) - n)
+    del running[n:]
 
 def restart(running, slots, draws_BL):
     """Where a call on its own prompt begins or ends, empty the slot and renew the draws, since positions repeat."""
@@ -383,8 +388,8 @@ def run(policy, conversations, search, max_length, group_size=1, temperature=1.0
         if due:
             rows = [members[0] for members in due]
             logits_nV = feed(policy, slots, rows, [pending(row) for row in rows])
-            for members in new:  # a prompt is encoded once and fanned out to its group
-                slots.copy(members[0], members[1:])
+            # A prompt is encoded once and fanned out to its group.
+            slots.copy([first for first, *rest in new for _ in rest], [row for _, *rest in new for row in rest])
             source = [i for i, members in enumerate(due) for _ in members]
             takers = [running[row] for members in due for row in members]
             step(takers, logits_nV[torch.tensor(source, device=device)], places(takers))

@@ -73,8 +73,8 @@ def test_the_algorithm_played_by_hand_equals_the_engine(short_prompt, group_size
     """Claim: conversations of different lengths, which search, blunder, wait and leave at different times, are the same
     played one by one without a model and run by the engine at once, in a slot each or in a few: ids, mask, turns,
     passages, counts. They come back in the order of the questions, a group in a row. A search is asked for top_k.
-    Fails if: Slots.copy does not copy the length, `running[row] = last` is dropped where a row leaves, or rollout sends
-    another number than settings.top_k.
+    Fails if: Slots.copy does not copy the lengths, `running[target] = running[source]` is dropped where rows leave, or
+    rollout sends another number than settings.top_k.
     """
     settings, tokenizer, script, by_hand = searchr1.Settings(top_k=2), searchr1.ByteTokenizer(), {}, []
     find = lambda queries, k: [[Passage("0", q, "x" * int(q[-3]))] * min(k, int(q[-1]) + 1) for q in queries]
