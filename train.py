@@ -99,7 +99,7 @@ class Config:
     warmup_steps: int = flag(5, "linear warm-up of the learning rate, in RL steps; the paper: 0.285 of all")
     critic_lr_warmup_steps: int = flag(5, "the same for the critic; the paper: 0.015 of all")
     critic_warmup_steps: int = flag(3, "first steps in which only the critic learns (PPO); official code: 0")
-    cooldown: int = flag(25, "last steps (at most half the run) in which the learning rate falls to a tenth")
+    cooldown: int = flag(15, "last steps (at most half the run) in which the learning rate falls to a tenth")
     adam_beta2: float = flag(0.95, "decay of Adam's mean square; official code: 0.999")
     weight_decay: float = flag(0.0, "pulls the weights towards 0, away from the reference; official code: 0.01")
     max_grad_norm: float = flag(1.0, "gradient clipping; the paper: 1.0")

@@ -239,6 +239,19 @@ def test_only_what_the_policy_wrote_counts_in_full(tokenizer):
     assert weights.tolist() == [[0, 0.25, 1, 1, 1], [0, 1, 0, 0.25, 0]] and weights.dtype == torch.float32
 
 
+def test_a_head_of_the_base_model_begins_by_copying():
+    """Claim: before the first step, a head that attends to a token makes that token the likeliest next one, whichever
+    token it is, in both layers. (Heads at random: not one token in a hundred.)
+    Fails if: the heads are left at random, the product is taken the other way round, or its sign is.
+    """
+    model, _ = data.train_base_model(data.BaseConfig(reading_steps=0, policy_steps=0))
+    embeddings_VD = model.get_input_embeddings().weight
+    for layer in model.model.layers:
+        written_VD = embeddings_VD @ layer.self_attn.v_proj.weight.T @ layer.self_attn.o_proj.weight.T
+        likeliest_V = (written_VD @ embeddings_VD.T).argmax(1)
+        assert likeliest_V.tolist() == list(range(len(embeddings_VD)))
+
+
 def test_episodes_that_share_a_row_do_not_see_each_other(tokenizer, model):
     """Claim: the hidden states of packed episodes are those of each episode alone.
     Fails if: the positions of _batch run on over the whole row.

@@ -391,7 +391,7 @@ TINY = {
     "lora_rank": 0, "lora_layers": 0, "lora_alpha": 32.0, "gradient_checkpointing": False, "slots": 0,
     "no_cuda_graphs": False, "steps": 160, "until_learned": True, "batch_size": 48, "group_size": 5, "minibatches": 4,
     "micro_batch_tokens": 4096, "lr": 5e-4, "critic_lr": 1e-3, "warmup_steps": 5,
-    "critic_lr_warmup_steps": 5, "critic_warmup_steps": 3, "cooldown": 25, "adam_beta2": 0.95, "weight_decay": 0.0,
+    "critic_lr_warmup_steps": 5, "critic_warmup_steps": 3, "cooldown": 15, "adam_beta2": 0.95, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "clip_eps": 0.2, "value_clip": 0.5, "gamma": 1.0, "lam": 1.0, "kl_coef": 0.001,
     "kl_in": "loss", "kl": "k3", "entropy_coef": 0.0, "reward": "em", "temperature": 1.0, "max_turns": 3,
     "max_new_tokens": 14, "max_obs_length": 64, "max_length": 256, "top_k": 3, "invalid_message": "paper",
