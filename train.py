@@ -531,11 +531,11 @@ def by_hops(rollouts, em):
 
 def evaluation(step, policy, task, slots, config):
     """Greedy on the held-out sample -> metrics, printed in a line; one conversation is kept in samples.jsonl. In the
-    tiny world the first and the last evaluation also sample, on held-out and on training questions."""
+    tiny world the last evaluation also samples, on held-out and on training questions."""
     began, how = time.perf_counter(), (task.search, config.settings, config.method)
     greedy, rollouts = evaluate(policy, task.tokenizer, task.held_out, *how, slots=slots)
     metrics = {f"eval/{name}": value for name, value in greedy.items()}
-    if step in (0, config.steps) and not config.model:
+    if step == config.steps and not config.model:
         generator = torch.Generator(policy.device).manual_seed(step)
         for name, questions in (("eval", task.held_out), ("train", task.train_sample)):
             sampled, _ = evaluate(policy, task.tokenizer, questions, *how, config.temperature, generator, slots)
@@ -865,6 +865,7 @@ def resumed_config(given):
     return check_config(Config(**(saved | given)))
 
 def main(argv=None):
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rollouts encode short texts, for which threads cost time
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which the newer one would override
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # blocks of many sizes: fewer gaps
     config = parse_config(argv)
