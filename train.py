@@ -196,7 +196,8 @@ def train(config, policy, task):
             # Phase 7. Log.
             record = measure(step, rollouts, redrawn, rewards_B, em_B, losses, costs, config)
             records.append(record)
-            bar.set_postfix(reward=record["reward/mean"], searches=record["env/number_of_valid_search"], refresh=False)
+            bar.set_postfix(reward=record["reward/mean"], em=record["reward/em"],
+                            searches=record["env/number_of_valid_search"], refresh=False)  # fmt: skip
             for sign in set(health(records, config)) - told:
                 tqdm.write(f"step {step}: {sign}")
                 told.add(sign)
