@@ -532,11 +532,11 @@ def by_hops(rollouts, em):
 
 def evaluation(step, policy, task, slots, config):
     """Greedy on the held-out sample -> metrics, printed in a line; one conversation is kept in samples.jsonl. In the
-    tiny world the last evaluation also samples, on held-out and on training questions."""
+    tiny world the first and the last evaluation also sample, on held-out and on training questions."""
     began, how = time.perf_counter(), (task.search, config.settings, config.method)
     greedy, rollouts = evaluate(policy, task.tokenizer, task.held_out, *how, slots=slots)
     metrics = {f"eval/{name}": value for name, value in greedy.items()}
-    if step == config.steps and not config.model:
+    if step in (0, config.steps) and not config.model:
         generator = torch.Generator(policy.device).manual_seed(step)
         for name, questions in (("eval", task.held_out), ("train", task.train_sample)):
             sampled, _ = evaluate(policy, task.tokenizer, questions, *how, config.temperature, generator, slots)
