@@ -753,6 +753,7 @@ def first_ranks(questions, search, most=3):
 
 def load_tiny(config, device, format_steps):
     """The tiny world and its base model, made on the spot at the first run -> (policy, Task)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of short texts: waking a thread costs more than one
     held_out, engine, world = data.task(config.world_seed)
     base = data.BaseConfig(seed=config.seed, top_k=config.top_k, policy_steps=format_steps)
     policy, tokenizer, folder = data.base_model(base, "outputs")
@@ -866,7 +867,6 @@ def resumed_config(given):
     return check_config(Config(**(saved | given)))
 
 def main(argv=None):
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rollouts encode short texts, for which threads cost time
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which the newer one would override
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # blocks of many sizes: fewer gaps
     config = parse_config(argv)
