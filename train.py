@@ -753,7 +753,7 @@ def first_ranks(questions, search, most=3):
 
 def load_tiny(config, device, format_steps):
     """The tiny world and its base model, made on the spot at the first run -> (policy, Task)."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of short texts: waking a thread costs more than one
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its texts are short: a thread costs more than it saves
     held_out, engine, world = data.task(config.world_seed)
     base = data.BaseConfig(seed=config.seed, top_k=config.top_k, policy_steps=format_steps)
     policy, tokenizer, folder = data.base_model(base, "outputs")
