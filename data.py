@@ -264,15 +264,14 @@ def _batch(tokenizer, episodes, context_weight):
     padding (right) and where an episode begins. Short episodes share a row, which leaves less padding. Positions start
     again at 0 with each of them; that is how transformers knows to keep attention within an episode."""
     encoded = iter(tokenizer([text for e in episodes for text, _ in e], add_special_tokens=False)["input_ids"])
-    rows = []  # of ids, positions, weights
+    packed = []  # rows of (id, position, weight)
     for tokens in sorted(([(i, own) for _, own in e for i in next(encoded)] for e in episodes), key=len, reverse=True):
-        room = next((row for row in rows if len(row[0]) + len(tokens) <= len(rows[0][0])), None)
+        room = next((row for row in packed if len(row) + len(tokens) <= len(packed[0])), None)
         if room is None:
-            rows.append(room := ([], [], []))
-        room[0].extend(i for i, _ in tokens)
-        room[1].extend(range(len(tokens)))
-        room[2].extend([0.0] + [1.0 if own else context_weight for _, own in tokens[1:]])
-    return [torch.nn.utils.rnn.pad_sequence([torch.tensor(part) for part in parts], True) for parts in zip(*rows)]
+            packed.append(room := [])
+        room += [(i, at, (1.0 if own else context_weight) * (at > 0)) for at, (i, own) in enumerate(tokens)]
+    pad = lambda rows: torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True)
+    return [pad([[token[k] for token in row] for row in packed]) for k in range(3)]
 
 def train_base_model(config):
     """BaseConfig -> (model, tokenizer). Next-token prediction on worlds that are drawn afresh every 40 steps. Phase 1
